@@ -1,0 +1,192 @@
+"""MXNet's model files: read with errors that say what is wrong, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any, Union
+
+import mxnet as mx
+
+PathLike = Union[str, "os.PathLike[str]"]
+
+
+def first_line(error: Exception) -> str:
+    """Return what an MXNet error says, without its stack trace."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = [line for line in lines if "Error" in line or "Check failed" in line]
+    line = (said or lines or [type(error).__name__])[-1]
+    return re.sub(r"\[[\d:]+\] \S+?: |^MXNetError: ", "", line)
+
+
+def check_directory(path: PathLike) -> None:
+    """Raise FileNotFoundError if there is no directory for a file to be written to."""
+    if not Path(path).parent.is_dir():
+        raise FileNotFoundError(f"the directory of {os.fspath(path)!r} does not exist")
+
+
+def load_symbol(symbol: Any) -> Any:
+    """Return a Symbol, read from a file if `symbol` is a path.
+
+    Raises
+    ------
+    TypeError
+        If `symbol` is neither.
+    ValueError
+        If the file is no symbol, or has an operator that this MXNet does not know.
+    OSError
+        If the file cannot be read.
+    """
+    if isinstance(symbol, mx.sym.Symbol):
+        return symbol.as_nd_ndarray()
+    if not isinstance(symbol, (str, os.PathLike)):
+        raise TypeError(f"symbol must be a Symbol or a path, got {type(symbol).__name__}")
+    try:
+        text = Path(symbol).read_text(encoding="utf-8")
+        nodes = [(node["op"], node["name"]) for node in json.loads(text)["nodes"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{os.fspath(symbol)!r} is not an MXNet symbol file") from error
+    known = {"null", *mx.operator.get_all_registered_operators()}
+    for op, name in nodes:
+        if op not in known:
+            raise ValueError(
+                f"operator {op!r} of node {name!r} in {os.fspath(symbol)!r} is unknown to MXNet "
+                f"{mx.__version__}"
+            )
+    try:
+        return mx.sym.load_json(text)
+    except mx.MXNetError as error:
+        raise ValueError(
+            f"{os.fspath(symbol)!r} is not a symbol that MXNet {mx.__version__} can load: "
+            f"{first_line(error)}"
+        ) from error
+
+
+def load_params(params: Any) -> dict[str, Any]:
+    """Return parameters by name, read from a file if `params` is a path.
+
+    Raises
+    ------
+    TypeError
+        If `params` is neither a path nor a mapping of str to NDArray.
+    ValueError
+        If the file has no named parameters.
+    OSError
+        If the file cannot be read.
+    """
+    if isinstance(params, Mapping):
+        for name, value in params.items():
+            if not isinstance(name, str) or not isinstance(value, mx.nd.NDArray):
+                raise TypeError(
+                    f"params must map names to NDArrays, got {name!r}: {type(value).__name__}"
+                )
+        return {name: value.as_nd_ndarray() for name, value in params.items()}
+    if not isinstance(params, (str, os.PathLike)):
+        raise TypeError(f"params must be a dict or a path, got {type(params).__name__}")
+    with open(params, "rb"):  # for an OSError that says why
+        pass
+    try:
+        loaded = mx.nd.load(os.fspath(params))
+    except mx.MXNetError as error:
+        raise ValueError(
+            f"{os.fspath(params)!r} is not an MXNet parameter file: {first_line(error)}"
+        ) from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{os.fspath(params)!r} has {len(loaded)} arrays without names")
+    return {name: value.as_nd_ndarray() for name, value in loaded.items()}
+
+
+def write_model(prefix: PathLike, symbol: Any, values: Mapping[str, Any], epoch: int = 0) -> None:
+    """Write ``PREFIX-symbol.json`` and ``PREFIX-0000.params``, both or none.
+
+    Parameters
+    ----------
+    prefix : str or path
+    symbol : Symbol
+    values : mapping of str to NDArray
+        With or without ``arg:`` and ``aux:``.
+    epoch : int
+
+    Raises
+    ------
+    OSError
+        If one of them cannot be written; existing files are then as before.
+    """
+    named = named_for_file(symbol, values)
+    write_files(
+        {
+            Path(f"{os.fspath(prefix)}-symbol.json"): lambda file: file.write_text(
+                symbol.tojson(), encoding="utf-8"
+            ),
+            Path(f"{os.fspath(prefix)}-{epoch:04d}.params"): lambda file: mx.nd.save(
+                str(file), named
+            ),
+        }
+    )
+
+
+def write_files(writers: Mapping[Path, Callable[[Path], Any]]) -> None:
+    """Write several files, all or none: what exists is replaced when everything is written.
+
+    Parameters
+    ----------
+    writers : mapping of Path to callable
+        Each is called with a temporary path in the directory of its file.
+
+    Raises
+    ------
+    OSError
+        If a file cannot be written or replaced; existing files are then as before.
+    """
+    with ExitStack() as stack:
+        staged = []
+        for path, write in writers.items():
+            check_directory(path)
+            name = tempfile.mkdtemp(prefix=".unfinished-", dir=path.parent)
+            stack.callback(shutil.rmtree, name, ignore_errors=True)
+            new, old = Path(name, "new"), Path(name, "old")
+            try:
+                write(new)
+            except mx.MXNetError as error:
+                raise OSError(f"cannot write {str(path)!r}: {first_line(error)}") from error
+            staged.append((path, new, old))
+        replaced: list[tuple[Path, Path]] = []
+        try:
+            for path, new, old in staged:
+                if path.exists():
+                    _keep(path, old)
+                os.replace(new, path)
+                replaced.append((path, old))
+        except BaseException:
+            for path, old in replaced:
+                if old.exists():
+                    os.replace(old, path)
+                else:
+                    path.unlink()
+            raise
+
+
+def _keep(path: Path, copy: Path) -> None:
+    """Keep a file's content under a second name."""
+    with suppress(OSError):  # not every file system has links
+        os.link(path, copy)
+        return
+    shutil.copy2(path, copy)
+
+
+def plain_name(name: str) -> str:
+    """Return a parameter's name without ``arg:`` or ``aux:``."""
+    return name.removeprefix("arg:").removeprefix("aux:")
+
+
+def named_for_file(symbol: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return parameters as MXNet's files name them, with ``arg:`` or ``aux:``, sorted."""
+    auxiliary = set(symbol.list_auxiliary_states())
+    plain = {plain_name(name): value for name, value in values.items()}
+    return {f"{'aux' if n in auxiliary else 'arg'}:{n}": plain[n] for n in sorted(plain)}

