@@ -120,7 +120,7 @@ class ChannelView:
         along_features = F.contrib.arange_like(self.values, axis=1)
         by_channel = self._by_channel(along_features)
         along_channel = F.contrib.arange_like(by_channel, axis=1)
-        self._zeros_C = F.zeros_like(F.contrib.arange_like(by_channel, axis=0))
+        self._any_C = F.contrib.arange_like(by_channel, axis=0)
         self._ones_L = F.ones_like(along_rows).reshape((1, -1))
         self._ones_S = F.ones_like(along_channel).reshape((1, -1))
         self.m = F.sum(self._ones_L, axis=1) * F.sum(self._ones_S, axis=1)
@@ -134,7 +134,7 @@ class ChannelView:
 
     def per_channel(self, vector: Array) -> Array:
         """Return `vector`; a graph infers from this that its shape is (C,)."""
-        return vector + self._zeros_C if is_symbol(vector) else vector
+        return _alike(self._F, vector, self._any_C) if is_symbol(vector) else vector
 
     def mean(self, matrix: Array) -> Array:
         """Average a matrix, shape (L, C * S), over each channel; shape (C,)."""
@@ -452,7 +452,11 @@ def mode(F: Any, x: Array, may_train: bool) -> Mode:
 
 
 def after(F: Any, vector: Array, done: Array) -> Array:
-    """Return `vector`; a graph that contains it contains `done` as well."""
-    if not is_symbol(vector):
-        return vector
-    return F.broadcast_add(vector, F.zeros_like(F.slice_axis(done, axis=0, begin=0, end=1)))
+    """Return `vector`, shape (C,); a graph that contains it contains `done`, (C,) or (1,), too."""
+    return _alike(F, vector, F.broadcast_like(done, vector)) if is_symbol(vector) else vector
+
+
+def _alike(F: Any, vector: Array, other: Array) -> Array:
+    # Not `vector + F.zeros_like(other)`: if several layers normalize one array, that shares a node
+    # with many gradients, which MXNet sums in an order that can be circular.
+    return F._internal._identity_with_attr_like_rhs(vector, other)

@@ -156,6 +156,8 @@ class Lowering:
                     zeros.add(node)
             elif self._is_zero(node, zeros):
                 zeros.add(node)
+            elif node.op == "_identity_with_attr_like_rhs":
+                replacements[out] = first
             elif node.op == "where" and first.node in zeros:
                 replacements[out] = node.inputs[2]
             elif node.op == "elemwise_add" and node.inputs[1].node in zeros:

@@ -531,3 +531,42 @@ def test_reset_ctx_moves_the_layer(device, second_device, rng, mode):
         np.testing.assert_allclose(
             layer.running_mean.data(where).asnumpy(), oracle.running_mean, rtol=1e-5, atol=1e-6
         )
+
+
+# Several layers on one array: MXNet merges what they have in common
+
+
+class Siblings(HybridBlock):
+    """Sums what several norm layers make of one array."""
+
+    def __init__(self, norm, count):
+        super().__init__()
+        for k in range(count):
+            self.register_child(norm(in_channels=3), f"norm{k}")
+
+    def hybrid_forward(self, F, x):
+        return F.add_n(*(F.tanh(norm(x)) for norm in self._children.values()))
+
+
+@pytest.mark.parametrize("count", [2, 3, 12])
+@pytest.mark.parametrize("static", [False, True])
+def test_layers_that_share_their_data(device, rng, count, static):
+    x, dy = rng.normal(size=SHAPE), rng.normal(size=SHAPE)
+    gradients = []
+    for norm in (nn.BatchNorm, ScratchBatchNorm):
+        net = Siblings(norm, count)
+        net.initialize(ctx=device)
+        net.cast("float64")
+        for k, layer in enumerate(net._children.values()):
+            layer.gamma.set_data(mx.nd.array([1 + k, 2, 3], dtype="float64"))
+        net.hybridize(static_alloc=static, static_shape=static)
+        data = array(x, device)
+        data.attach_grad()
+        with autograd.record():
+            y = net(data)
+        y.backward(array(dy, device))
+        mx.nd.waitall()
+        per_layer = [layer.gamma.grad().asnumpy() for layer in net._children.values()]
+        gradients.append((y.asnumpy(), data.grad.asnumpy(), *per_layer))
+    for built_in, ours in zip(*gradients):
+        np.testing.assert_allclose(ours, built_in, rtol=1e-9, atol=1e-10)
