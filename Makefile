@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test lint check clean lock
+.PHONY: train test parity lint check clean lock
 .DELETE_ON_ERROR:
 
 train: $(READY)
@@ -15,6 +15,10 @@ test: lint check
 
 check: $(READY)
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+# Everything against the built-in and a NumPy oracle; ARGS=--full for the whole grid.
+parity: $(READY)
+	$(BIN)/python scripts/parity_report.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check

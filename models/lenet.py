@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from scratchbn import ScratchBatchNorm
+
 import mxnet as mx
 from mxnet.gluon import nn
-
-from scratchbn import ScratchBatchNorm
 
 __all__ = ["INITIALIZATIONS", "initialize", "lenet"]
 

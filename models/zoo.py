@@ -6,11 +6,11 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from scratchbn import ScratchBatchNorm, to_scratch
+
 import gluoncv
 from gluoncv.model_zoo import get_model_list
 from mxnet.gluon import nn
-
-from scratchbn import ScratchBatchNorm, to_scratch
 
 __all__ = ["get_model"]
 

@@ -136,6 +136,10 @@ class ScratchBatchNorm(HybridBlock):
 
     A training batch that is empty, or in which any channel's mean or variance is not finite,
     leaves all running statistics as they are. A batch of one value per channel has variance 0.
+    A running statistic that is not finite stays so until it is set.
+
+    A graph is for float16 if the layer was cast to it or the input of the whole net was, and it
+    keeps that: cast the net and export it again.
 
     A graph asks for its mode with a ``Dropout`` operator, which draws one random number per call:
     under the same seed, other random operators of the net see another stream.
@@ -461,7 +465,7 @@ class ScratchBatchNorm(HybridBlock):
         return y
 
     def _describe(self) -> dict[str, Any] | None:
-        """Return what the layer does in inference, its Parameters by name; None for a variant."""
+        """Return the options and the names of the Parameters; None for a variant."""
         own = type(self).statistics, type(self).transform
         if own != (ScratchBatchNorm.statistics, ScratchBatchNorm.transform):
             return None
@@ -471,6 +475,9 @@ class ScratchBatchNorm(HybridBlock):
             "epsilon": options["eps"],
             "fix_gamma": options["fix_gamma"],
             "center": options["center"],
+            "momentum": options["momentum"],
+            "use_global_stats": options["use_global_stats"],
+            "unbiased_variance": options["unbiased_variance"],
             "gamma": self.gamma.name,
             "beta": self.beta.name,
             "running_mean": self.running_mean.name,

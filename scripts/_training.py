@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from scratchbn import ScratchBatchNorm
+
 import mxnet as mx
 import numpy as np
 from mxnet import autograd, gluon
@@ -16,7 +18,6 @@ from mxnet.gluon import nn
 from tqdm import tqdm
 
 from models.lenet import initialize, lenet
-from scratchbn import ScratchBatchNorm
 
 NORMS: dict[str, Any] = {"scratch": ScratchBatchNorm, "builtin": nn.BatchNorm, "none": None}
 

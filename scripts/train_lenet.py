@@ -161,10 +161,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options = build_parser().parse_args(argv)
     try:
-        from _training import Images
-
         from scratchbn import DeviceError, resolve_device
         from scratchbn.datasets import DatasetError, load
+
+        from _training import Images
 
         for needed_at_the_end in ("matplotlib.figure", "rich.table"):
             import_module(needed_at_the_end)

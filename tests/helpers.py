@@ -9,13 +9,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import scratchbn
+
 import mxnet as mx
 import numpy as np
 from mxnet import autograd
 from mxnet.gluon import SymbolBlock, nn
 from oracle import OracleBatchNorm, Step
-
-import scratchbn
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODES = ("eager", "hybrid", "static_alloc", "static_shape", "nested", "exported")

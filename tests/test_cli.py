@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from scratchbn import _runtime, cli
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 

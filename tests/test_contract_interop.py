@@ -5,6 +5,8 @@ import inspect
 import json
 import pickle
 
+from scratchbn import ScratchBatchNorm, ScratchBatchNormReLU
+
 import mxnet as mx
 import numpy as np
 import pytest
@@ -26,8 +28,6 @@ from helpers import (
 )
 from mxnet import autograd, gluon
 from mxnet.gluon import HybridBlock, SymbolBlock, nn
-
-from scratchbn import ScratchBatchNorm, ScratchBatchNormReLU
 
 SHAPE = (6, 3, 4)
 both_layers = pytest.mark.parametrize("layer_class", [ScratchBatchNorm, ScratchBatchNormReLU])

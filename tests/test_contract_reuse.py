@@ -2,6 +2,8 @@
 
 import json
 
+from scratchbn import ScratchBatchNorm, ScratchBatchNormReLU
+
 import mxnet as mx
 import numpy as np
 import pytest
@@ -20,8 +22,6 @@ from helpers import (
 from mxnet import autograd, gluon
 from mxnet.gluon import HybridBlock, SymbolBlock, nn
 from oracle import OracleBatchNorm
-
-from scratchbn import ScratchBatchNorm, ScratchBatchNormReLU
 
 every_mode = pytest.mark.parametrize("mode", MODES)
 every_block_mode = pytest.mark.parametrize("mode", BLOCK_MODES)

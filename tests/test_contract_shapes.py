@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+from scratchbn import ScratchBatchNorm, ScratchBatchNormReLU
+
 import hypothesis
 import hypothesis.strategies as st
 import mxnet as mx
@@ -24,8 +26,6 @@ from helpers import (
 )
 from mxnet import autograd, gluon
 from oracle import OracleBatchNorm
-
-from scratchbn import ScratchBatchNorm, ScratchBatchNormReLU
 
 SHAPES = {2: (5, 3), 3: (4, 3, 2), 4: (3, 2, 4, 5), 5: (2, 3, 2, 4, 2), 6: (2, 3, 2, 1, 3, 2)}
 AXES = [(rank, axis) for rank in SHAPES for axis in range(-rank, rank)]

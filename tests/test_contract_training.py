@@ -2,6 +2,8 @@
 
 import itertools
 
+from scratchbn import ScratchBatchNorm, ScratchBatchNormReLU
+
 import mxnet as mx
 import numpy as np
 import pytest
@@ -15,8 +17,6 @@ from helpers import (
 )
 from mxnet import autograd
 from oracle import OracleBatchNorm
-
-from scratchbn import ScratchBatchNorm, ScratchBatchNormReLU
 
 SHAPE = (6, 3, 4, 5)
 every_mode = pytest.mark.parametrize("mode", MODES)

@@ -6,15 +6,6 @@ import pickle
 import warnings
 from collections import OrderedDict, deque
 
-import mxnet as mx
-import numpy as np
-import pytest
-from helpers import array
-from mxnet import autograd, gluon
-from mxnet.gluon import Block, HybridBlock, SymbolBlock, nn
-from mxnet.gluon.contrib.nn import SyncBatchNorm
-from mxnet.gluon.nn.basic_layers import _BatchNorm
-
 from scratchbn import (
     ScratchBatchNorm,
     ScratchBatchNormReLU,
@@ -23,6 +14,15 @@ from scratchbn import (
     to_scratch,
     unfreeze,
 )
+
+import mxnet as mx
+import numpy as np
+import pytest
+from helpers import array
+from mxnet import autograd, gluon
+from mxnet.gluon import Block, HybridBlock, SymbolBlock, nn
+from mxnet.gluon.contrib.nn import SyncBatchNorm
+from mxnet.gluon.nn.basic_layers import _BatchNorm
 
 SHAPE = (6, 3, 5, 5)
 CLOSE = {"rtol": 1e-11, "atol": 1e-12}

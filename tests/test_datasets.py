@@ -15,13 +15,13 @@ from dataclasses import FrozenInstanceError, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from scratchbn import datasets
+from scratchbn.datasets import DatasetError, available, load
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from scratchbn import datasets
-from scratchbn.datasets import DatasetError, available, load
 
 REAL_DATA = os.environ.get("SCRATCHBN_DATA")
 REAL_SOURCES = dict(datasets._SOURCES)

@@ -5,6 +5,10 @@ import os
 import re
 from pathlib import Path
 
+from scratchbn import ScratchBatchNorm, ScratchBatchNormReLU, cli
+from scratchbn._graph import MARKER
+from scratchbn.deploy import export_inference, fold
+
 import helpers
 import mxnet as mx
 import numpy as np
@@ -13,9 +17,6 @@ from mxnet import autograd
 from mxnet.gluon import Block, HybridBlock, SymbolBlock, nn
 
 from models.lenet import initialize, lenet
-from scratchbn import ScratchBatchNorm, ScratchBatchNormReLU, cli
-from scratchbn._graph import MARKER
-from scratchbn.deploy import export_inference, fold
 
 EXACT = 2e-6
 NORMS = {"scratch": ScratchBatchNorm, "builtin": nn.BatchNorm}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from scratchbn import ScratchBatchNorm, ScratchBatchNormReLU
+
 import mxnet as mx
 import numpy as np
 import pytest
@@ -10,7 +12,6 @@ from mxnet import autograd, gluon
 from mxnet.gluon import nn
 
 from models.lenet import initialize, lenet
-from scratchbn import ScratchBatchNorm, ScratchBatchNormReLU
 
 NORMS = [ScratchBatchNorm, nn.BatchNorm, ScratchBatchNormReLU, nn.LayerNorm, nn.InstanceNorm, None]
 LAYERS_BEFORE_NORMS = [nn.Conv2D, nn.Conv2D, nn.Dense]

@@ -3,6 +3,9 @@
 import os
 import sys
 
+from scratchbn import ScratchBatchNorm
+from scratchbn.deploy import export_onnx
+
 import helpers
 import mxnet as mx
 import numpy as np
@@ -10,8 +13,6 @@ import pytest
 from mxnet.gluon import HybridBlock, nn
 
 from models.lenet import initialize, lenet
-from scratchbn import ScratchBatchNorm
-from scratchbn.deploy import export_onnx
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -3,6 +3,9 @@ import json
 import sys
 from pathlib import Path
 
+from scratchbn import ScratchBatchNorm, cli, parity
+from scratchbn.parity import Case, Report, Row, compare, run_grid, standard_grid
+
 import helpers
 import mxnet as mx
 import numpy as np
@@ -11,8 +14,6 @@ from mxnet import autograd, gluon
 from mxnet.gluon import nn
 
 from models.lenet import initialize, lenet
-from scratchbn import ScratchBatchNorm, cli, parity
-from scratchbn.parity import Case, Report, Row, compare, run_grid, standard_grid
 
 SHAPE = (6, 4, 5, 5)
 

@@ -8,11 +8,11 @@ import types
 import warnings
 from pathlib import Path
 
-import mxnet as mx
-import pytest
-
 from scratchbn import _runtime
 from scratchbn._runtime import GPU, DeviceError, Driver
+
+import mxnet as mx
+import pytest
 
 T4 = GPU(0, "Tesla T4", (7, 5))
 H100 = GPU(1, "H100 PCIe", (9, 0))

@@ -7,6 +7,8 @@ import math
 import subprocess
 import sys
 
+from scratchbn import ScratchBatchNorm
+
 import mxnet as mx
 import numpy as np
 import pytest
@@ -15,7 +17,6 @@ from mxnet import autograd, gluon
 from mxnet.gluon import nn
 
 from models.lenet import lenet
-from scratchbn import ScratchBatchNorm
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 import _training

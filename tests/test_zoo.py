@@ -3,6 +3,8 @@
 import json
 from dataclasses import dataclass, field
 
+from scratchbn import ScratchBatchNorm, freeze, to_builtin, to_scratch, unfreeze
+
 import mxnet as mx
 import numpy as np
 import pytest
@@ -13,7 +15,6 @@ from mxnet.gluon.contrib.nn import SyncBatchNorm
 from mxnet.gluon.nn.basic_layers import _BatchNorm
 
 from models import zoo
-from scratchbn import ScratchBatchNorm, freeze, to_builtin, to_scratch, unfreeze
 
 gluoncv = pytest.importorskip("gluoncv")
 pytestmark = pytest.mark.filterwarnings("ignore:.*is already initialized, ignoring:UserWarning")
