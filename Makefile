@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test parity lint check clean lock
+.PHONY: train test test-cu112 parity lint check clean lock
 .DELETE_ON_ERROR:
 
 train: $(READY)
@@ -25,6 +25,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# The suite on the mxnet-cu112 wheel, in .venv-cu112 (several GB), with or without an NVIDIA driver.
+test-cu112: $(READY)
+	$(BIN)/python scripts/test_cu112.py $(ARGS)
+
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 9) <= sys.version_info < (3, 12))' || \
 	  { echo "MXNet 1.9.1 needs Python 3.9 to 3.11; name one with 'make PYTHON=...'" >&2; exit 1; }
@@ -42,4 +46,4 @@ lock: $(READY)
 	  --no-annotate --no-header --no-emit-index-url --no-emit-find-links -o requirements.lock
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-cu112 build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from . import _runtime
 
 if TYPE_CHECKING:
+    from ._convert_files import convert_files
     from ._runtime import DeviceError, resolve_device
     from .convert import freeze, to_builtin, to_scratch, unfreeze
     from .layer import ScratchBatchNorm, ScratchBatchNormReLU
@@ -21,6 +22,7 @@ __all__ = [
     "DeviceError",
     "ScratchBatchNorm",
     "ScratchBatchNormReLU",
+    "convert_files",
     "freeze",
     "resolve_device",
     "to_builtin",
@@ -32,6 +34,7 @@ _ROOMS = {
     "DeviceError": "_runtime",
     "ScratchBatchNorm": "layer",
     "ScratchBatchNormReLU": "layer",
+    "convert_files": "_convert_files",
     "freeze": "convert",
     "resolve_device": "_runtime",
     "to_builtin": "convert",

@@ -23,7 +23,7 @@ from ._ir import Entry, Graph, Node
 
 STYLES = ("dwconv", "affine", "batchnorm")
 
-_BATCH_NORMS = {
+BATCH_NORMS = {
     "BatchNorm",
     "BatchNorm_v1",
     "_contrib_BatchNormWithReLU",
@@ -39,10 +39,10 @@ _SAME_RANK = {
     *(f"_{name}_scalar" for name in ("div", "minus", "mul", "plus", "power", "rdiv", "rminus")),
     *(f"elemwise_{name}" for name in ("add", "div", "mul", "sub")),
     *(f"broadcast_{name}" for name in ("add", "div", "mul", "sub")),
-    *_BATCH_NORMS,
+    *BATCH_NORMS,
 }
-_CUDNN_LEAST_EPSILON = 1e-5
-_PARAMETERS = ("gamma", "beta", "running_mean", "running_var")
+CUDNN_LEAST_EPSILON = 1e-5
+PARAMETERS = ("gamma", "beta", "running_mean", "running_var")
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class Lowering:
                 updated.append(node.inputs[2].node.name)
         self.graph.replace(replacements)
         markers = (node for node in self.graph.nodes() if MARKER in node.attrs)
-        described = {_description(node)["running_mean"] for node in markers}
+        described = {description_of(node)["running_mean"] for node in markers}
         for name in updated:
             if name.endswith("running_mean") and name not in described:
                 layer = name.removesuffix("_running_mean")
@@ -185,7 +185,7 @@ class Lowering:
                 f"the layer inside loop {node.name!r} ({node.op}) cannot be exported for "
                 "inference: take the batch normalization out of the loop body"
             )
-        for op in sorted({*_BATCH_NORMS, "Dropout"}):
+        for op in sorted({*BATCH_NORMS, "Dropout"}):
             if f'"op": "{op}"' in body:
                 self.kept.append(Row(node.name, f"left with {op}", "it is inside a loop"))
 
@@ -213,7 +213,7 @@ class Lowering:
         for node in self.graph.nodes():
             if MARKER in node.attrs:
                 norms.append(self._described_norm(node))
-            elif node.op in _BATCH_NORMS:
+            elif node.op in BATCH_NORMS:
                 computed = [e.node for e in node.inputs[1:] if e.node.op != "null"]
                 reason = None
                 if node in more or node.flag("output_mean_var", False):
@@ -228,10 +228,10 @@ class Lowering:
         return norms
 
     def _described_norm(self, node: Node) -> Norm:
-        about = _description(node)
+        about = description_of(node)
         del node.attrs[MARKER]
         node.name = f"{about['running_mean'].removesuffix('_running_mean')}_fwd"
-        names = [about[k] for k in _PARAMETERS]
+        names = [about[k] for k in PARAMETERS]
         flags = about["fix_gamma"], about["center"]
         return self._norm(node, names, about["axis"], about["epsilon"], *flags)
 
@@ -471,7 +471,7 @@ class Lowering:
         node = norm.node
         node.op, node.attrs, constants = "BatchNorm", *_as_stored(norm)
         node.attrs["use_global_stats"] = "True"
-        node.attrs["cudnn_off"] = str(float(node.attrs["eps"]) < _CUDNN_LEAST_EPSILON)
+        node.attrs["cudnn_off"] = str(float(node.attrs["eps"]) < CUDNN_LEAST_EPSILON)
         dtype = np.dtype(np.float64 if norm.dtype == np.float64 else np.float32)
         variables = [self._constant(n, v, dtype, node) for n, v in constants.items()]
         node.inputs = [node.inputs[0], *variables]
@@ -534,19 +534,19 @@ def variables_of(graph: Graph) -> list[str]:
     names = graph.variables()
     for node in graph.nodes():
         if MARKER in node.attrs:
-            about = _description(node)
-            names.extend(about[key] for key in _PARAMETERS)
+            about = description_of(node)
+            names.extend(about[key] for key in PARAMETERS)
     return list(dict.fromkeys(names))
 
 
-def _description(node: Node) -> dict[str, Any]:
+def description_of(node: Node) -> dict[str, Any]:
     """Return what a marker says about its layer."""
     kinds: dict[str, Any] = {
         "axis": int,
         "epsilon": (int, float),
         "fix_gamma": bool,
         "center": bool,
-        **dict.fromkeys(_PARAMETERS, str),
+        **dict.fromkeys(PARAMETERS, str),
     }
     text = node.attrs[MARKER]
     try:
@@ -585,7 +585,7 @@ def _as_stored(norm: Norm) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     if norm.stored is not None:
         attrs, values = norm.stored
         return dict(attrs), values
-    epsilon = _CUDNN_LEAST_EPSILON
+    epsilon = CUDNN_LEAST_EPSILON
     attrs = {"axis": str(norm.axis), "eps": repr(epsilon), "fix_gamma": "False"}
     name = norm.node.name
     return attrs, {

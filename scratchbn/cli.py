@@ -228,7 +228,7 @@ def _print_rich_table(title: str, header: list[str], lines: list[list[str]], mor
     Console().print(table, more)
 
 
-def _add_fold_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("symbol", help="model-symbol.json")
     parser.add_argument("params", help="model-0000.params")
     parser.add_argument(
@@ -242,6 +242,10 @@ def _add_fold_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=N,C,...",
         help="shape of an input, as data=1,3,224,224, to run the model on; one for each input",
     )
+
+
+def _add_fold_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_model_arguments(parser)
     parser.add_argument(
         "--style",
         choices=("dwconv", "affine", "batchnorm"),
@@ -268,20 +272,57 @@ def _run_fold(arguments: argparse.Namespace) -> int:
     try:
         before = deploy.load_symbol(arguments.symbol), deploy.load_params(arguments.params)
         shapes = {**deploy.stated_shapes(*before), **dict(arguments.shape)}
-        *after, report = deploy.fold(*before, shapes=shapes, style=arguments.style)
+        symbol, params, report = deploy.fold(*before, shapes=shapes, style=arguments.style)
         print(report)
-        inputs = set(before[0].list_inputs()) - {deploy.plain_name(name) for name in before[1]}
-        unknown = sorted(n for n in inputs if min(shapes.get(n, ()), default=0) < 1)
-        if unknown:
-            print(f"largest difference: not measured, give --shape {unknown[0]}=N,C,...")
-        else:
-            difference, size = deploy.largest_difference(before, (after[0], after[1]), shapes)
-            print(f"largest difference on random input: {difference:.1e}, of {size:.1e}")
-        deploy.write_model(arguments.out, after[0], after[1])
+        _write_compared(before, (symbol, params), shapes, arguments.out)
     except (OSError, ValueError) as error:
         print(f"scratchbn fold: {error}", file=sys.stderr)
         return 1
-    print(f"written: {arguments.out}-symbol.json, {arguments.out}-0000.params")
+    return 0
+
+
+def _write_compared(before: Any, after: Any, shapes: dict[str, Any], prefix: str) -> None:
+    """Print how far a rewritten model is from the model it was, and write it."""
+    from scratchbn import deploy
+
+    inputs = set(before[0].list_inputs()) - {deploy.plain_name(name) for name in before[1]}
+    unknown = sorted(n for n in inputs if min(shapes.get(n, ()), default=0) < 1)
+    if unknown:
+        print(f"largest difference: not measured, give --shape {unknown[0]}=N,C,...")
+    else:
+        difference, size = deploy.largest_difference(before, after, shapes)
+        print(f"largest difference on random input: {difference:.1e}, of {size:.1e}")
+    deploy.write_model(prefix, *after)
+    print(f"written: {prefix}-symbol.json, {prefix}-0000.params")
+
+
+def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_model_arguments(parser)
+    parser.add_argument(
+        "--to",
+        required=True,
+        choices=("builtin", "scratch"),
+        help="builtin: MXNet's BatchNorm nodes; scratch: the training graph of ScratchBatchNorm",
+    )
+
+
+def _run_convert(arguments: argparse.Namespace) -> int:
+    from scratchbn import convert_files, deploy
+
+    try:
+        before = deploy.load_symbol(arguments.symbol), deploy.load_params(arguments.params)
+        shapes = {**deploy.stated_shapes(*before), **dict(arguments.shape)}
+        unknown = sorted(shapes.keys() - set(before[0].list_inputs()))
+        if unknown:
+            raise ValueError(f"--shape must name an input of the symbol, got {unknown[0]!r}")
+        symbol, params, report = convert_files(*before, to=arguments.to)
+        for entry in report.converted:
+            print(entry)
+        print(report)
+        _write_compared(before, (symbol, params), shapes, arguments.out)
+    except (OSError, ValueError) as error:
+        print(f"scratchbn convert: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -303,5 +344,11 @@ COMMANDS: tuple[Command, ...] = (
         "fold the batch normalizations of an exported model into the layers before them",
         _add_fold_arguments,
         _run_fold,
+    ),
+    Command(
+        "convert",
+        "exchange ScratchBatchNorm and MXNet's BatchNorm in an exported model",
+        _add_convert_arguments,
+        _run_convert,
     ),
 )

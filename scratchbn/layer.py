@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from numbers import Integral, Real
 from typing import Any, Union
 
@@ -38,6 +39,8 @@ def _check_number(name: str, value: Any, least: float, most: float, range_text: 
     number = float(value)
     if not least <= number <= most or math.isinf(number):
         raise ValueError(f"{name} must be {range_text}, got {value!r}")
+    if 0 < number < sys.float_info.min:
+        raise ValueError(f"{name} must not be subnormal, MXNet's operators refuse it: {value!r}")
     return number
 
 
@@ -470,14 +473,15 @@ class ScratchBatchNorm(HybridBlock):
         if own != (ScratchBatchNorm.statistics, ScratchBatchNorm.transform):
             return None
         options = self._kwargs
+        in_training: tuple[str, ...] = ("momentum", "use_global_stats", "unbiased_variance")
+        if type(self).update is not ScratchBatchNorm.update:
+            in_training = ()
         return {
+            **{name: options[name] for name in in_training},
             "axis": options["axis"],
             "epsilon": options["eps"],
             "fix_gamma": options["fix_gamma"],
             "center": options["center"],
-            "momentum": options["momentum"],
-            "use_global_stats": options["use_global_stats"],
-            "unbiased_variance": options["unbiased_variance"],
             "gamma": self.gamma.name,
             "beta": self.beta.name,
             "running_mean": self.running_mean.name,

@@ -18,7 +18,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 VENV = REPOSITORY / ".venv-cu112"
-PYTHON = VENV / "bin" / "python"
+PYTHON = str(VENV / "bin" / "python")
 DRIVER_LIBRARY = "libcuda.so.1"
 STUB_SOURCE = Path(__file__).with_name("libcuda_stub.c")
 CUDA_CHECK = (
@@ -69,9 +69,9 @@ def make_venv() -> None:
     subprocess.run([sys.executable, "-m", "venv", VENV], check=True)
     requirements = VENV / "requirements.txt"
     requirements.write_text(pins)
-    pip = [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    editable = f"{REPOSITORY}[cu112]"
-    subprocess.run([*pip, "--progress-bar=on", "-r", requirements, "-e", editable], check=True)
+    install = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check"]
+    packages = ["-r", str(requirements), "-e", f"{REPOSITORY}[cu112]"]
+    subprocess.run([*install, *packages], check=True)
     unfinished = ready.with_suffix(".part")
     unfinished.write_text(wanted)
     os.replace(unfinished, ready)
@@ -155,8 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if subprocess.run(check, cwd=REPOSITORY, env=environment).returncode:
         print(f"{VENV} has no mxnet with CUDA: delete it and run this again", file=sys.stderr)
         return 1
-    print(f"mxnet-cu112, {'the driver of this machine' if real_driver else 'a stub driver'}")
-    sys.stdout.flush()
+    driver = "the driver of this machine" if real_driver else "a stub driver"
+    print(f"testing mxnet-cu112 with {driver}", flush=True)
     suite = [PYTHON, "-m", "pytest", "-n", "2", *pytest_arguments]
     return subprocess.run(suite, cwd=REPOSITORY, env=environment).returncode
 

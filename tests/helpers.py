@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import scratchbn
+from scratchbn import _runtime
 
 import mxnet as mx
 import numpy as np
@@ -208,6 +209,15 @@ def run_python(
         timeout=timeout,
         check=False,
     )
+
+
+def without_scratchbn() -> dict:
+    """The environment in which mxnet finds pip's CUDA libraries without `scratchbn` before it."""
+    folders = dict.fromkeys(str(path.parent) for path in _runtime.find_cuda_libraries().values())
+    if not folders:
+        return {}
+    present = filter(None, [os.environ.get("LD_LIBRARY_PATH")])
+    return {"LD_LIBRARY_PATH": os.pathsep.join([*present, *folders])}
 
 
 def last_json(process: subprocess.CompletedProcess):

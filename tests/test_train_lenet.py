@@ -12,7 +12,7 @@ from scratchbn import ScratchBatchNorm
 import mxnet as mx
 import numpy as np
 import pytest
-from helpers import REPOSITORY, array, last_json, run_python
+from helpers import REPOSITORY, array, last_json, run_python, without_scratchbn
 from mxnet import autograd, gluon
 from mxnet.gluon import nn
 
@@ -147,6 +147,7 @@ print(json.dumps({"scores": scores.asnumpy().tolist(), "scratchbn": scratchbn}))
 """,
         out,
         tmp_path / "images.npy",
+        env=without_scratchbn(),
     )
     answer = last_json(process)
     assert answer["scratchbn"] == []
