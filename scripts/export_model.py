@@ -9,20 +9,19 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import statistics
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+from _staging import staged
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -128,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
     except (ImportError, OSError, ValueError) as error:
         return _fail(2, str(error))
-    with _staged(options.out) as folder, warnings.catch_warnings():
+    with staged(options.out) as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Cannot decide type")  # of data; it is float32
         files = write_forms(nets.ours, nets.x, folder)
         runs = {name: _load(name, file, nets.x) for name, file in files.items() if not file.problem}
@@ -151,15 +150,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(status: int, message: str) -> int:
     print(f"export_model.py: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return status
-
-
-@contextmanager
-def _staged(directory: Path) -> Iterator[Path]:
-    """Offer a directory whose files move to `directory` at the end, and only if all went well."""
-    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=directory) as staging:
-        yield Path(staging)
-        for file in sorted(Path(staging).iterdir()):
-            os.replace(file, directory / file.name)
 
 
 # --- nets --------------------------------------------------------------------------------------

@@ -10,16 +10,15 @@ import json
 import math
 import os
 import sys
-import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
+from _staging import staged
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -254,7 +253,7 @@ def _train_and_report(
             )
 
     sample = mx.nd.array(test.pixels[:256], ctx=device)
-    with _staged(options.out) as folder:
+    with staged(options.out) as folder:
         exported = _save_net(runs[0].net, sample, folder)
         _draw_curves(runs, folder / "curves.png", data["name"])
         metrics = _metrics(options, device, data, runs, check, exported)
@@ -279,15 +278,6 @@ def _judge(check: CrossCheck | None, exported: float) -> int:
 
 
 # --- files -------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _staged(directory: Path) -> Iterator[Path]:
-    """Offer a directory whose files move to `directory` at the end, and only if all went well."""
-    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=directory) as staging:
-        yield Path(staging)
-        for file in sorted(Path(staging).iterdir()):
-            os.replace(file, directory / file.name)
 
 
 def _save_net(net: Any, sample: Any, folder: Path) -> float:
