@@ -18,10 +18,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
-from _staging import staged
+from _scripting import Parser, staged
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -47,11 +47,6 @@ Exit status: 0 if every form computes what the net does; 1 if not; 2 for bad inp
 Run = Callable[[], "list[np.ndarray]"]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
-
-
 def _integer(least: int, most: int | None = None) -> Any:
     def parse(text: str) -> int:
         bounds = f"at least {least}" if most is None else f"between {least} and {most}"
@@ -64,7 +59,7 @@ def _integer(least: int, most: int | None = None) -> Any:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = _Parser(
+    parser = Parser(
         description=__doc__,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
