@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test test-cu112 parity lint check clean lock
+.PHONY: train test test-cu112 parity bench lint check clean lock
 .DELETE_ON_ERROR:
 
 train: $(READY)
@@ -19,6 +19,10 @@ check: $(READY)
 # Everything against the built-in and a NumPy oracle; ARGS=--full for the whole grid.
 parity: $(READY)
 	$(BIN)/python scripts/parity_report.py $(ARGS)
+
+# Speed and memory against the built-in; results in ARGS="--out DIRECTORY".
+bench: $(READY)
+	$(BIN)/python scripts/benchmark.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check
@@ -36,6 +40,7 @@ $(READY): requirements.lock pyproject.toml
 	  { echo "no venv module; on Debian: apt-get install python3-venv" >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(BIN)/python -m scratchbn build-native || echo "without the compiled kernel everything works, slower"
 	$(BIN)/python -m scratchbn doctor > $(VENV)/doctor.txt || { cat $(VENV)/doctor.txt >&2; exit 1; }
 	@touch $@
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from . import _runtime
 
 if TYPE_CHECKING:
+    from ._backend import BackendError, get_backend, set_backend, use_backend
     from ._convert_files import convert_files
     from ._runtime import DeviceError, resolve_device
     from .convert import freeze, to_builtin, to_scratch, unfreeze
@@ -19,27 +20,35 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "BackendError",
     "DeviceError",
     "ScratchBatchNorm",
     "ScratchBatchNormReLU",
     "convert_files",
     "freeze",
+    "get_backend",
     "resolve_device",
+    "set_backend",
     "to_builtin",
     "to_scratch",
     "unfreeze",
+    "use_backend",
 ]
 
 _ROOMS = {
+    "BackendError": "_backend",
     "DeviceError": "_runtime",
     "ScratchBatchNorm": "layer",
     "ScratchBatchNormReLU": "layer",
     "convert_files": "_convert_files",
     "freeze": "convert",
+    "get_backend": "_backend",
     "resolve_device": "_runtime",
+    "set_backend": "_backend",
     "to_builtin": "convert",
     "to_scratch": "convert",
     "unfreeze": "convert",
+    "use_backend": "_backend",
 }
 
 _unusable: ImportError | None = None

@@ -13,6 +13,8 @@ Every function here takes arrays and symbols alike, so that its callers need not
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import sys
 import threading
@@ -27,6 +29,8 @@ from mxnet import autograd
 from mxnet.attribute import AttrScope
 from mxnet.gluon import Block, HybridBlock
 from mxnet.name import NameManager
+
+from ._backend import use_backend
 
 Array = Any
 Select = Callable[[Callable[[], Array], Array], Array]
@@ -176,7 +180,7 @@ def is_float16(x: Array, layer_dtype: Any) -> bool:
     """
     if not is_symbol(x):
         return np.dtype(x.dtype) == np.float16
-    given = _trace_dtypes()
+    given = {name: a.dtype for name, a in _trace_arrays().items()}
     if np.float16 not in (layer_dtype, *map(np.dtype, given.values())):
         return False
     used = set(x.list_arguments())
@@ -185,6 +189,12 @@ def is_float16(x: Array, layer_dtype: Any) -> bool:
     except mx.MXNetError:  # an operator that cannot tell its type from what is known
         outputs = None
     return np.dtype(outputs[0] if outputs and outputs[0] else layer_dtype) == np.float16
+
+
+def devices(x: Array) -> set[str]:
+    """Return the types of the devices that hold `x`, or the arrays its graph is traced with."""
+    arrays = [x] if not is_symbol(x) else _trace_arrays().values()
+    return {a.context.device_type for a in arrays}
 
 
 # --- one trace --------------------------------------------------------------------------------
@@ -211,14 +221,14 @@ def _trace_frame() -> Any:
     return call
 
 
-def _trace_dtypes() -> dict[str, Any]:
-    """Return the dtypes of the arrays that the trace was started with, by input name."""
+def _trace_arrays() -> dict[str, Any]:
+    """Return the arrays that the trace was started with, by input name."""
     frame = _trace_frame()
     if frame is None or frame.f_code is not _GET_GRAPH:
         return {}
     symbols = frame.f_locals["symbol_inputs"]
     arrays = [a for a in frame.f_locals["flatten_args"] if a is not None]
-    return {s.name: a.dtype for s, a in zip(symbols, arrays)}
+    return {s.name: a for s, a in zip(symbols, arrays) if isinstance(a, mx.nd.NDArray)}
 
 
 @dataclass(frozen=True)
@@ -333,6 +343,93 @@ def assign(F: Any, variable: Array, value: Array, where: Array) -> Array:
     done = F.concat(done, dim=0)
     _writes()[_variable_key(variable)] = _Write(F.where(where, value, old), done)
     return done
+
+
+# --- the compiled operator -------------------------------------------------------------------
+
+
+def compiled_batch_norm(
+    F: Any,
+    x: Array,
+    gamma: Array,
+    beta: Array,
+    stored: list[Array],
+    may_train: bool,
+    **options: Any,
+) -> Array:
+    """Do all that a layer does, in training and in inference, by one compiled operator.
+
+    Parameters
+    ----------
+    F : module
+        ``mxnet.nd`` or ``mxnet.sym``.
+    x : NDArray or Symbol, float32 or float64, rank >= 2
+    gamma, beta : NDArray or Symbol, shape (C,)
+    stored : list of NDArray or Symbol
+        running_mean and running_var, shape (C,), and num_batches, shape (1,), if it is kept.
+    may_train : bool
+        If False, the mode is inference whatever ``autograd.is_training()`` says.
+    **options
+        The attributes of the operator; see ``native/operator.cc``.
+
+    Returns
+    -------
+    NDArray or Symbol
+        Of `x`'s shape and dtype.
+    """
+    operator = F._internal._scratchbn_batch_norm
+    running_mean, running_var, *counter = stored
+    # MXNet overwrites the gradient of an extension's input also where grad_req is 'add'.
+    if is_symbol(x):
+        # Each identity of its own: MXNet merges equal nodes, and adds many gradients in place.
+        x, gamma, beta = (F.identity(v, attr=_distinct()) for v in (x, gamma, beta))
+        flag = F.ones((1,))
+        flag = F.Dropout(flag, p=0.5) if may_train else flag  # 1 in inference, 0 or 2 in training
+    else:
+        if autograd.is_recording():
+            x, gamma, beta = (v if v.grad is None else F.identity(v) for v in (x, gamma, beta))
+        training = may_train and autograd.is_training()
+        flag = F.full((1,), 0 if training else 1, ctx=x.context)
+    writes = _writes() if is_symbol(x) else {}
+    before = writes.get(_variable_key(running_mean)) if writes else None
+    if before is not None:  # a layer that is called twice writes in the order of the calls
+        flag = after(F, flag, F.cast(F.slice_axis(before.done, 0, 0, 1), "float32"))
+    y, _, done = operator(x, gamma, beta, running_mean, running_var, flag, *counter, **options)
+    if is_symbol(x):
+        _trace.compiled = True
+        for variable in stored:
+            _writes()[_variable_key(variable)] = _Write(_alike(F, variable, done), done)
+    return y
+
+
+_serial = itertools.count()
+
+
+def _distinct() -> dict[str, str]:
+    return {"__serial__": str(next(_serial))}
+
+
+def _keep_portable(build_cache: Callable[..., None]) -> Callable[..., None]:
+    """Make a hybridized block remember a graph of stock operators.
+
+    What a block executes is built once, from the graph it then remembers for ``export`` and
+    ``save``. Where that holds the compiled operator it is traced again without, so that no file
+    depends on this library.
+    """
+
+    @functools.wraps(build_cache)
+    def build_then_forget(block: HybridBlock, *args: Any) -> None:
+        _trace.compiled = False
+        build_cache(block, *args)
+        if _trace.compiled and not block._backend:
+            block._cached_graph = ()
+            with use_backend("portable"):
+                block._get_graph(*args)
+
+    return build_then_forget
+
+
+HybridBlock._build_cache = _keep_portable(HybridBlock._build_cache)
 
 
 # --- inference graphs -------------------------------------------------------------------------

@@ -362,6 +362,7 @@ def doctor_facts() -> dict[str, Any]:
         "device": device,
         "packages": {name: _version(name) for name in OPTIONAL_PACKAGES},
         "data": _data_facts(),
+        "backend": _backend_facts(),
     }
     facts["advice"] = _advice(facts, driver)
     return facts
@@ -613,6 +614,16 @@ def _cuda_library_facts() -> dict[str, dict[str, str | None]]:
         library: {"path": str(path), "version": _version(f"nvidia-{components[library]}-cu11")}
         for library, path in find_cuda_libraries().items()
     }
+
+
+def _backend_facts() -> dict[str, Any]:
+    """Say what is chosen, what 'auto' would be on a CPU, and what there is of the kernel."""
+    facts: dict[str, Any] = importlib.import_module("scratchbn.native").facts()
+    try:
+        chosen = importlib.import_module("scratchbn._backend").get_backend()
+    except ValueError as error:
+        chosen, facts["problem"] = "unknown", str(error)
+    return {"chosen": chosen, "auto": "portable" if facts["problem"] else "native", **facts}
 
 
 def _data_facts() -> dict[str, str]:

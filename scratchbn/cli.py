@@ -85,6 +85,7 @@ def _run_doctor(arguments: argparse.Namespace) -> int:
 def _sections(facts: dict[str, Any]) -> list[Section]:
     """Lay out the facts as titled lists of (name, value)."""
     mxnet, cuda, device = facts["mxnet"], facts["cuda"], facts["device"]
+    backend = facts["backend"]
     features = mxnet["features"]
     sections: list[Section] = [
         (
@@ -122,6 +123,16 @@ def _sections(facts: dict[str, Any]) -> list[Section]:
         (
             "Device",
             [("auto", "unknown" if device is None else f"{device['auto']}: {device['because']}")],
+        ),
+        (
+            "Backend",
+            [
+                ("chosen", backend["chosen"]),
+                ("auto on a CPU", backend["auto"]),
+                ("on a GPU", "portable"),
+                ("kernel", backend["problem"] or backend["library"]),
+                ("compiler", backend["compiler"] or "none found"),
+            ],
         ),
         (
             "Optional packages",
@@ -176,6 +187,24 @@ def _natural(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be an integer that is not negative, got {text!r}")
     return int(text)
+
+
+def _add_build_native_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--force", action="store_true", help="build it even if it is there")
+
+
+def _run_build_native(arguments: argparse.Namespace) -> int:
+    from scratchbn import native
+
+    try:
+        path = native.build(force=arguments.force)
+        if not native.available():
+            raise native.BackendError(native.facts()["problem"] or "MXNet did not load the kernel")
+    except (native.BackendError, ImportError) as error:
+        print(f"scratchbn build-native: {error}", file=sys.stderr)
+        return 1
+    print(f"the compiled kernel: {path}")
+    return 0
 
 
 def _add_parity_arguments(parser: argparse.ArgumentParser) -> None:
@@ -332,6 +361,12 @@ COMMANDS: tuple[Command, ...] = (
         "report Python, numpy, mxnet, CUDA, GPUs, the device in use and the data found",
         _add_doctor_arguments,
         _run_doctor,
+    ),
+    Command(
+        "build-native",
+        "compile the CPU kernel that the backends 'auto' and 'native' use; needs a C++ compiler",
+        _add_build_native_arguments,
+        _run_build_native,
     ),
     Command(
         "parity",

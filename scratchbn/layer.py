@@ -11,7 +11,7 @@ import mxnet as mx
 import numpy as np
 from mxnet.gluon import HybridBlock
 
-from . import _graph, functional
+from . import _backend, _graph, functional
 
 __all__ = ["ScratchBatchNorm", "ScratchBatchNormReLU"]
 
@@ -363,7 +363,14 @@ class ScratchBatchNorm(HybridBlock):
             return y if given is x else _graph.to_numpy(y)
 
         low = _graph.is_float16(x, self._dtype)
-        view = _graph.ChannelView(F, F.cast(x, dtype="float32") if low else x, axis)
+        values = F.cast(x, dtype="float32") if low else x
+        if self._is_stock() and _backend.is_native(_graph.devices(x)):
+            counters = [] if counter is None else [counter]
+            y = self._compiled(F, values, gamma, beta, [*stored, *counters])
+            y = F.cast(y, dtype="float16") if low else y
+            return y if given is x else _graph.to_numpy(y)
+
+        view = _graph.ChannelView(F, values, axis)
         mode = _graph.mode(F, x, may_train=not options["use_global_stats"])
         running_mean, running_var = (view.per_channel(_graph.current(v)) for v in stored)
         batch = self.statistics(F, view, running_mean, running_var, mode.select)
@@ -466,6 +473,34 @@ class ScratchBatchNorm(HybridBlock):
 
     def _activate(self, F: Any, y: Array) -> Array:
         return y
+
+    def _is_stock(self) -> bool:
+        """Tell whether this layer computes what the compiled kernel does, no variant of it."""
+        hooks = ("statistics", "update", "transform", "_move")
+        counts = "num_batches" in self._reg_params
+        return counts == (self._kwargs["momentum"] is None) and all(
+            getattr(type(self), hook) is getattr(ScratchBatchNorm, hook) for hook in hooks
+        )
+
+    def _compiled(self, F: Any, x: Array, gamma: Array, beta: Array, stored: list[Array]) -> Array:
+        options = self._kwargs
+        relu = type(self)._activate is ScratchBatchNormReLU._activate
+        y = _graph.compiled_batch_norm(
+            F,
+            x,
+            gamma,
+            beta,
+            stored,
+            may_train=not options["use_global_stats"],
+            axis=_check_integer("axis", options["axis"]),
+            epsilon=_check_epsilon(options["eps"]),
+            momentum=_check_momentum(options["momentum"]),
+            scale=not options["fix_gamma"],
+            center=options["center"],
+            relu=relu,
+            unbiased_variance=options["unbiased_variance"],
+        )
+        return y if relu else self._activate(F, y)
 
     def _describe(self) -> dict[str, Any] | None:
         """Return the options and the names of the Parameters; None for a variant."""

@@ -6,7 +6,8 @@ import os
 import random
 import zlib
 
-import scratchbn  # noqa: F401  (prepares the runtime, so it comes before mxnet)
+import scratchbn  # prepares the runtime, so it comes before mxnet
+import scratchbn._backend
 
 # isort: split
 import helpers
@@ -26,6 +27,18 @@ def pytest_addoption(parser):
         default="cpu",
         help="device the tests run on: cpu, cpu:1, gpu, gpu:1 (default: cpu)",
     )
+    parser.addoption(
+        "--backend",
+        default="all",
+        choices=("all", *scratchbn._backend.BACKENDS),
+        help="backend of the layers; all: each in turn where the contract is tested, else auto",
+    )
+
+
+def pytest_generate_tests(metafunc):
+    contract = metafunc.module.__name__.startswith(("test_contract", "test_conformance"))
+    if contract and metafunc.config.getoption("--backend") == "all":
+        metafunc.parametrize("backend", ["portable", "native"], indirect=True)
 
 
 def _parse_device(spec):
@@ -64,6 +77,22 @@ def _reproducible(request):
     yield
     mx.nd.waitall()
     mx.npx.set_np(shape=shape, array=array) if shape else mx.npx.reset_np()
+
+
+@pytest.fixture(autouse=True)
+def backend(request, device):
+    """The backend under test, from `--backend`."""
+    chosen = request.config.getoption("--backend")
+    name = getattr(request, "param", "auto" if chosen == "all" else chosen)
+    if name == "native" and device.device_type != "cpu":
+        pytest.skip("the native backend runs on CPUs")
+    before = scratchbn.get_backend()
+    try:
+        scratchbn.set_backend(name)
+    except scratchbn.BackendError as error:
+        pytest.skip(str(error))
+    yield name
+    scratchbn.set_backend(before)
 
 
 @pytest.fixture
