@@ -14,6 +14,7 @@ from . import _runtime
 if TYPE_CHECKING:
     from ._backend import BackendError, get_backend, set_backend, use_backend
     from ._convert_files import convert_files
+    from ._recalibrate import recalibrate
     from ._runtime import DeviceError, resolve_device
     from .convert import freeze, to_builtin, to_scratch, unfreeze
     from .layer import ScratchBatchNorm, ScratchBatchNormReLU
@@ -27,6 +28,7 @@ __all__ = [
     "convert_files",
     "freeze",
     "get_backend",
+    "recalibrate",
     "resolve_device",
     "set_backend",
     "to_builtin",
@@ -43,6 +45,7 @@ _ROOMS = {
     "convert_files": "_convert_files",
     "freeze": "convert",
     "get_backend": "_backend",
+    "recalibrate": "_recalibrate",
     "resolve_device": "_runtime",
     "set_backend": "_backend",
     "to_builtin": "convert",

@@ -148,7 +148,7 @@ class ScratchBatchNorm(HybridBlock):
     under the same seed, other random operators of the net see another stream.
 
     To build a variant, override :meth:`statistics`, :meth:`update` or :meth:`transform`; they
-    serve eager code and graphs alike.
+    serve eager code and graphs alike (docs/your-own-variant.md).
 
     Source: Ioffe & Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167,
     Algorithms 1 and 2, and section 3.1 for the moving averages.
@@ -168,6 +168,10 @@ class ScratchBatchNorm(HybridBlock):
     >>> print(layer.running_mean.data().asnumpy())
     [0.4 0.7]
     """
+
+    # A variant that overrides `statistics` or `transform` says so if it still infers as this layer
+    # does: gamma * (x - running_mean) / sqrt(running_var + epsilon) + beta. Then exports fold it.
+    infers_as_batch_norm = False
 
     def __init__(
         self,
@@ -503,13 +507,17 @@ class ScratchBatchNorm(HybridBlock):
         return y if relu else self._activate(F, y)
 
     def _describe(self) -> dict[str, Any] | None:
-        """Return the options and the names of the Parameters; None for a variant."""
-        own = type(self).statistics, type(self).transform
-        if own != (ScratchBatchNorm.statistics, ScratchBatchNorm.transform):
+        """Return the options and the names of the Parameters; None if inference is another."""
+        changed = {
+            name
+            for name in ("statistics", "transform", "update")
+            if getattr(type(self), name) is not getattr(ScratchBatchNorm, name)
+        }
+        if changed - {"update"} and not self.infers_as_batch_norm:
             return None
         options = self._kwargs
         in_training: tuple[str, ...] = ("momentum", "use_global_stats", "unbiased_variance")
-        if type(self).update is not ScratchBatchNorm.update:
+        if changed:
             in_training = ()
         return {
             **{name: options[name] for name in in_training},

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-from scratchbn import ScratchBatchNorm
+from scratchbn import ScratchBatchNorm, recalibrate
 
 import mxnet as mx
 import numpy as np
+from _cluster import ALONE, Workers
 from mxnet import autograd, gluon
 from mxnet.gluon import nn
 from tqdm import tqdm
@@ -55,14 +58,18 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batches(self, order: np.ndarray, size: int, device: Any) -> Iterator[tuple[Any, Any]]:
-        """Yield the images in `order` as (pixels, labels) arrays; the last batch may be smaller."""
-        for start in range(0, len(order), size):
-            chosen = order[start : start + size]
-            yield (
-                mx.nd.array(self.pixels[chosen], ctx=device),
-                mx.nd.array(self.labels[chosen], ctx=device),
-            )
+    def on(self, device: Any, chosen: np.ndarray) -> tuple[Any, Any]:
+        """Return the images of these numbers as (pixels, labels) arrays."""
+        dtype = self.pixels.dtype
+        return (
+            mx.nd.array(self.pixels[chosen], ctx=device, dtype=dtype),
+            mx.nd.array(self.labels[chosen], ctx=device, dtype=dtype),
+        )
+
+    def batches(self, size: int, device: Any) -> Iterator[tuple[Any, Any]]:
+        """Yield all images in order as (pixels, labels) arrays; the last batch may be smaller."""
+        for start in range(0, len(self), size):
+            yield self.on(device, np.arange(start, min(start + size, len(self))))
 
 
 @dataclass(frozen=True)
@@ -79,47 +86,105 @@ class Epoch:
 
 @dataclass
 class Run:
-    """A net in training; `losses` is the moving average of the mean batch loss after each step."""
+    """A net in training, on one device or on several.
+
+    `losses` is the moving average of the mean batch loss after each step, `seconds` the time for
+    the training steps of the epoch under way, `measured` the net that the last epoch measured.
+    """
 
     norm: str
     net: Any
     trainer: Any
-    device: Any
+    devices: list[Any]
+    workers: Workers
+    hybridize: bool
     losses: list[float] = field(default_factory=list)
     epochs: list[Epoch] = field(default_factory=list)
+    seconds: float = 0.0
+    measured: Any = None
 
 
-def build(norm: str, init: str, device: Any, like: Any = None) -> Any:
+def build(norm: str, init: str, devices: list[Any], like: Any = None) -> Any:
     """Build a LeNet whose parameters all have values: fresh ones, or those of the net `like`."""
     net = lenet(NORMS[norm], prefix=_PREFIX)
-    initialize(net, init, device)
-    net(mx.nd.zeros((1, 1, 28, 28), ctx=device))
+    initialize(net, init, devices)
+    net(mx.nd.zeros((1, 1, 28, 28), ctx=devices[0]))
     if like is not None:
         write_values(net, read_values(like))
     return net
 
 
-def start(net: Any, norm: str, lr: float, device: Any, hybridize: bool) -> Run:
+def start(
+    net: Any, norm: str, lr: float, devices: list[Any], hybridize: bool, workers: Workers = ALONE
+) -> Run:
     """Prepare a net for plain SGD on the summed loss."""
     if hybridize:
         net.hybridize()
-    return Run(norm, net, _trainer(net, lr), device)
+    trainer = gluon.Trainer(
+        # Without the statistics: a Trainer's first step copies device 0's values to all devices.
+        _trained(net),
+        "sgd",
+        {"learning_rate": lr},
+        kvstore=workers.key_store(norm),
+        update_on_kvstore=False,
+    )
+    return Run(norm, net, trainer, devices, workers, hybridize)
 
 
 def read_values(net: Any) -> dict[str, np.ndarray]:
-    """Return the value of every parameter by name."""
+    """Return the value of every parameter by name, as it is on the net's first device."""
     mx.nd.waitall()
-    return {name: p.data().asnumpy() for name, p in net.collect_params().items()}
+    return {name: p.list_data()[0].asnumpy() for name, p in net.collect_params().items()}
 
 
 def write_values(net: Any, values: dict[str, np.ndarray]) -> None:
-    """Give every parameter of a net the value of that name."""
+    """Give every parameter of a net the value of that name, on every device."""
     for name, parameter in net.collect_params().items():
         parameter.set_data(mx.nd.array(values[name], dtype=parameter.dtype))
 
 
-def train_epoch(run: Run, train: Images, test: Images, order: np.ndarray, batch_size: int) -> Epoch:
+def _trained(net: Any) -> list[Any]:
+    return [p for p in net.collect_params().values() if p.grad_req != "null"]
+
+
+def _statistics(net: Any) -> list[Any]:
+    return [p for p in net.collect_params().values() if p.grad_req == "null"]
+
+
+def train_epoch(
+    run: Run,
+    train: Images,
+    test: Images,
+    order: np.ndarray,
+    batch_size: int,
+    *,
+    after_step: Callable[[Run], None] = lambda run: None,
+    check: Callable[[], None] = lambda: None,
+    recalibrated: bool = False,
+    bars: bool = True,
+) -> Epoch:
     """Train a net on the images in `order`, measure it, append the result to the run.
+
+    A run that was restored in the middle of an epoch goes on with the next batch.
+
+    Parameters
+    ----------
+    run : Run
+    train, test : Images
+        The test images, and the training images again, are for the worker of rank 0 to measure.
+    order : numpy.ndarray
+        Of the training images, the same for all workers. Each takes its part of every batch and
+        divides that among its devices.
+    batch_size : int
+        Images per step, over all devices of all workers.
+    after_step : callable
+        Called with the run after each step, when it can be saved.
+    check : callable
+        Called now and then while the net is measured; may raise.
+    recalibrated : bool
+        Measure with statistics of the whole training set.
+    bars : bool
+        Show progress on a terminal.
 
     Raises
     ------
@@ -127,41 +192,57 @@ def train_epoch(run: Run, train: Images, test: Images, order: np.ndarray, batch_
         If a batch has a loss that is not finite.
     """
     number = len(run.epochs) + 1
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    done = len(run.losses) - len(run.epochs) * len(batches)
     mx.nd.waitall()
     began = time.perf_counter()
     with tqdm(
-        train.batches(order, batch_size, run.device),
-        total=math.ceil(len(order) / batch_size),
+        batches[done:],
+        total=len(batches),
+        initial=done,
         desc=f"epoch {number} {run.norm}",
         unit="batch",
         leave=False,
-        disable=None,
+        disable=None if bars else True,
     ) as bar:
-        for pixels, labels in bar:
-            loss = _step(run, pixels, labels)
+        for batch in bar:
+            loss = _step(run, train, batch)
             average = _KEEP * run.losses[-1] + (1 - _KEEP) * loss if run.losses else loss
             run.losses.append(average)
+            run.seconds += time.perf_counter() - began
+            after_step(run)
+            began = time.perf_counter()
             bar.set_postfix(loss=f"{average:.4f}", refresh=False)
         mx.nd.waitall()
-    seconds = time.perf_counter() - began
-    result = Epoch(
-        number,
-        run.norm,
-        run.losses[-1],
-        accuracy(run.net, train, run.device, "train accuracy"),
-        accuracy(run.net, test, run.device, "test accuracy"),
-        seconds,
-    )
+        run.seconds += time.perf_counter() - began
+
+    accuracies = [0.0, 0.0]
+    net = run.measured = measurable(run, train, batch_size, recalibrated)
+    if run.workers.rank == 0:
+        device = run.devices[0]
+        for i, (images, part) in enumerate(((train, "train"), (test, "test"))):
+            accuracies[i] = accuracy(net, images, device, f"{part} accuracy", check, bars)
+    train_acc, test_acc = run.workers.gather("accuracy", accuracies)[0].tolist()
+    result = Epoch(number, run.norm, run.losses[-1], train_acc, test_acc, run.seconds)
     run.epochs.append(result)
+    run.seconds = 0.0
     return result
 
 
-def _step(run: Run, pixels: Any, labels: Any) -> float:
+def _step(run: Run, images: Images, batch: np.ndarray) -> float:
+    """Train on the images of these numbers; return the mean of their losses over all workers."""
+    mine = np.array_split(batch, run.workers.size)[run.workers.rank]
+    parts = np.array_split(mine, len(run.devices))  # as gluon.utils.split_data divides them
+    loaded = [images.on(d, p) if len(p) else None for d, p in zip(run.devices, parts)]
     with autograd.record():
-        losses = _cross_entropy(run.net(pixels), labels)
-    losses.backward()  # of their sum
+        losses = [
+            _nothing(run.net, device) if data is None else _cross_entropy(run.net(data[0]), data[1])
+            for device, data in zip(run.devices, loaded)
+        ]
+    autograd.backward(losses)  # of their sum
     run.trainer.step(1)
-    loss = float(losses.mean().asscalar())
+    total = sum(float(loss.sum().asscalar()) for loss in losses)
+    loss = float(run.workers.gather("loss", total).sum()) / len(batch)
     if not math.isfinite(loss):
         raise FloatingPointError(
             f"the loss of the {run.norm} net is {loss} at step {len(run.losses) + 1}: "
@@ -170,18 +251,129 @@ def _step(run: Run, pixels: Any, labels: Any) -> float:
     return loss
 
 
-def _trainer(net: Any, lr: float) -> Any:
-    return gluon.Trainer(net.collect_params(), "sgd", {"learning_rate": lr})
+def _nothing(net: Any, device: Any) -> Any:
+    """Return a loss of 0 whose gradients are 0, for a device that has no image of a batch.
+
+    Without a backward it would add the gradients of the step before.
+    """
+    return mx.nd.add_n(*((p.data(device) * 0).sum() for p in _trained(net)))
 
 
-def accuracy(net: Any, images: Images, device: Any, title: str) -> float:
+def measurable(run: Run, train: Images, batch_size: int, recalibrated: bool) -> Any:
+    """Return the net to measure and to save: on one device, with the average of all statistics.
+
+    All workers call this. The net in training keeps the statistics it has on each device.
+
+    Parameters
+    ----------
+    run : Run
+    train : Images
+    batch_size : int
+    recalibrated : bool
+        Take the statistics of the training set instead, in batches as they were trained on.
+    """
+    if len(run.devices) * run.workers.size == 1 and not recalibrated:
+        return run.net
+    device = run.devices[0]
+    net = build(run.norm, "tutorial", [device])
+    write_values(net, averages(run))
+    if run.hybridize:
+        net.hybridize()
+    if recalibrated and run.workers.rank == 0:
+        recalibrate(net, train.batches(batch_size, device))
+    return net
+
+
+def averages(run: Run) -> dict[str, np.ndarray]:
+    """Return the value of every parameter, of the statistics their average over all devices."""
+    values = read_values(run.net)
+    for name, copies in gather_statistics(run).items():
+        values[name] = copies.mean(axis=(0, 1))
+    return values
+
+
+def gather_statistics(run: Run) -> dict[str, np.ndarray]:
+    """Return all copies of each running statistic, float64, shape (workers, devices, C)."""
+    mx.nd.waitall()
+    return {
+        p.name: run.workers.gather(
+            f"{run.norm}:{p.name}", np.stack([copy.asnumpy() for copy in p.list_data()])
+        )
+        for p in _statistics(run.net)
+    }
+
+
+def accuracy(
+    net: Any,
+    images: Images,
+    device: Any,
+    title: str,
+    check: Callable[[], None] = lambda: None,
+    bars: bool = True,
+) -> float:
     """Return the fraction of images to whose label the net gives its highest score."""
     correct = 0.0
-    with tqdm(total=len(images), desc=title, unit="image", leave=False, disable=None) as bar:
-        for pixels, labels in images.batches(np.arange(len(images)), _EVALUATION_BATCH, device):
+    with tqdm(
+        total=len(images),
+        desc=title,
+        unit="image",
+        leave=False,
+        disable=None if bars else True,
+    ) as bar:
+        for pixels, labels in images.batches(_EVALUATION_BATCH, device):
             correct += (net(pixels).argmax(axis=1) == labels).sum().asscalar()
             bar.update(len(labels))
+            check()
     return float(correct / len(images))
+
+
+# --- a run on disk -----------------------------------------------------------------------------
+
+
+def save_run(run: Run, statistics: dict[str, np.ndarray], folder: Path) -> None:
+    """Write all that a run needs to go on.
+
+    Parameters
+    ----------
+    run : Run
+    statistics : dict of str to numpy.ndarray
+        From :func:`gather_statistics`.
+    folder : Path
+        An existing directory; the files are named after the norm layer.
+    """
+    values = {**read_values(run.net), **statistics}
+    np.savez(folder / f"{run.norm}.npz", **values)
+    run.trainer.save_states(str(folder / f"{run.norm}.states"))
+    progress = {
+        "losses": run.losses,
+        "epochs": [asdict(epoch) for epoch in run.epochs],
+        "seconds": run.seconds,
+    }
+    (folder / f"{run.norm}.json").write_text(json.dumps(progress), "utf-8")
+
+
+def load_run(run: Run, folder: Path) -> None:
+    """Make a run what it was when :func:`save_run` wrote it."""
+    with np.load(folder / f"{run.norm}.npz", allow_pickle=False) as values:
+        for parameter in _trained(run.net):
+            parameter.set_data(mx.nd.array(values[parameter.name], dtype=parameter.dtype))
+        for parameter in _statistics(run.net):
+            for copy, value in zip(parameter.list_data(), values[parameter.name][run.workers.rank]):
+                copy[:] = mx.nd.array(value, ctx=copy.context, dtype=parameter.dtype)
+    run.trainer.load_states(str(folder / f"{run.norm}.states"))
+    progress = json.loads((folder / f"{run.norm}.json").read_text("utf-8"))
+    run.losses = progress["losses"]
+    run.epochs = [Epoch(**epoch) for epoch in progress["epochs"]]
+    run.seconds = progress["seconds"]
+    mx.nd.waitall()
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seed MXNet's generator for the steps that follow.
+
+    Its state cannot be read, so it cannot be saved: it is set anew where a run can be resumed.
+    """
+    mx.random.seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]) % 2**31)
 
 
 # --- the cross-check ---------------------------------------------------------------------------
@@ -324,7 +516,7 @@ def _float64_step(
         if hybridize:
             net.hybridize()
         x.attach_grad()
-        trainer = _trainer(net, lr)
+        trainer = gluon.Trainer(_trained(net), "sgd", {"learning_rate": lr})
 
         outputs = {"inference": net(x).asnumpy()}
         with _listen(net) as heard, autograd.record():
@@ -333,7 +525,7 @@ def _float64_step(
         loss.backward()
         mx.nd.waitall()
         outputs.update(training=scores.asnumpy(), loss=loss.asnumpy())
-        trained = {n: p for n, p in net.collect_params().items() if p.grad_req != "null"}
+        trained = {p.name: p for p in _trained(net)}
         gradients = {"data": x.grad.asnumpy()}
         gradients.update((name, p.grad().asnumpy()) for name, p in trained.items())
         trainer.step(1)

@@ -199,9 +199,9 @@ def test_the_seed_decides(tmp_path):
 def test_an_epoch_is_plain_sgd_on_the_summed_loss(device, rng):
     images = twenty_images(rng)
     order = rng.permutation(20)
-    net = _training.build("builtin", "xavier", device)
-    other = _training.build("builtin", "tutorial", device, like=net)
-    run = _training.start(net, "builtin", 0.01, device, hybridize=True)
+    net = _training.build("builtin", "xavier", [device])
+    other = _training.build("builtin", "tutorial", [device], like=net)
+    run = _training.start(net, "builtin", 0.01, [device], hybridize=True)
     epoch = _training.train_epoch(run, images, images, order, 8)
 
     means = []
@@ -231,9 +231,8 @@ def test_an_epoch_is_plain_sgd_on_the_summed_loss(device, rng):
 
 def test_the_moving_average_goes_on_in_the_next_epoch(device, rng):
     images = twenty_images(rng)
-    run = _training.start(
-        _training.build("scratch", "tutorial", device), "scratch", 0.001, device, hybridize=False
-    )
+    net = _training.build("scratch", "tutorial", [device])
+    run = _training.start(net, "scratch", 0.001, [device], hybridize=False)
     for _ in range(2):
         _training.train_epoch(run, images, images, np.arange(20), 10)
     assert len(run.losses) == 4
@@ -361,6 +360,13 @@ def test_a_failure_while_writing_changes_no_file(tmp_path, monkeypatch):
         (["--out", "{file}"], "--out"),
         (["--out", "{file}/below"], "--out"),
         (["--surprise"], "--surprise"),
+        (["--device", "cpu:0,cpu:0"], "'cpu:0,cpu:0' has a device twice"),
+        (["--device", "cpu,auto"], "auto is one device, it cannot be in 'cpu,auto'"),
+        (["--checkpoint-every", "0"], "--checkpoint-every: must be at least 1, got '0'"),
+        (["--monitor", "records.txt"], "must end in .csv or .jsonl, got 'records.txt'"),
+        (["--kvstore", "dist_async"], "--kvstore"),
+        (["--kvstore", "dist_sync"], "needs the environment variables DMLC_ROLE"),
+        (["--timeout", "1"], "--timeout: must be at least 2, got '1'"),
     ],
     ids=" ".join,
 )
@@ -389,6 +395,44 @@ def test_a_missing_package_is_one_line(module, tmp_path, monkeypatch, capsys):
     assert module in error
     assert "pip install 'scratchbn[cpu,demo]'" in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_process_of_a_job_must_be_told_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DMLC_ROLE", "worker")
+    assert train_lenet.main([*FEW, "--out", str(tmp_path / "out")]) == 2
+    assert "DMLC_ROLE is set: add --kvstore dist_sync, or unset it" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_monitor_records_every_step_and_changes_nothing(tmp_path):
+    values = []
+    for name, options in (("plain", []), ("watched", ["--monitor", str(tmp_path / "all.jsonl")])):
+        run_main(tmp_path / name, "--no-compare", *options)
+        values.append(mx.nd.load(str(tmp_path / name / "lenet.params")))
+    for name, value in values[0].items():
+        np.testing.assert_array_equal(value.asnumpy(), values[1][name].asnumpy(), err_msg=name)
+    records = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [step for step in (1, 2, 3, 4, 5) for _ in range(3)]
+
+
+def test_recalibrated_statistics_are_those_of_the_training_set(tmp_path, device, rng):
+    images = twenty_images(rng)
+    net = _training.build("scratch", "xavier", [device])
+    run = _training.start(net, "scratch", 0.001, [device], hybridize=True)
+    order = np.arange(20)
+    _training.train_epoch(run, images, images, order, 20, recalibrated=True)
+    first = net[0](array(images.pixels, device, "float32")).asnumpy().astype("f8")
+    measured = _training.read_values(run.measured)
+    name = net[1].running_mean.name
+    np.testing.assert_allclose(measured[name], first.mean((0, 2, 3)), rtol=1e-4, atol=1e-6)
+    name = net[1].running_var.name
+    np.testing.assert_allclose(measured[name], first.var((0, 2, 3)), rtol=1e-4)
+    moving = _training.read_values(net)[name]
+    assert np.abs(moving - measured[name]).max() > 0.1, "training keeps its own statistics"
+
+    _, metrics = run_main(tmp_path, "--no-compare", "--recalibrate")
+    assert metrics["options"]["recalibrate"] is True
+    assert metrics["epochs"][0]["test_acc"] > 0.2
 
 
 def test_help_says_what_the_learning_rate_equals(capsys):

@@ -1,0 +1,146 @@
+"""The net of the MNIST experiment in the paper of batch normalization.
+
+Source: Ioffe & Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167, section 4.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from scratchbn import ScratchBatchNorm
+
+import mxnet as mx
+import numpy as np
+from mxnet.gluon import nn
+
+__all__ = ["HIDDEN_LAYERS", "HIDDEN_UNITS", "binarize", "initialize", "mlp"]
+
+HIDDEN_LAYERS = 3
+HIDDEN_UNITS = 100
+
+_HALF_OF_FULL_SCALE = 127.5
+
+
+def binarize(images: np.ndarray) -> np.ndarray:
+    """Turn grey images into the binary input of the paper's net.
+
+    Parameters
+    ----------
+    images : numpy.ndarray, shape (N, 28, 28) or any other of rank >= 2, uint8
+        Pixels from 0 to 255.
+
+    Returns
+    -------
+    numpy.ndarray, shape (N, 784) or (N, the product of all other lengths), float32
+        1 where a pixel is above half of full scale, 127.5, and 0 elsewhere.
+
+    Raises
+    ------
+    TypeError
+        If `images` is not an array of uint8.
+    ValueError
+        If it has less than 2 axes.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> print(binarize(np.array([[[0, 127], [128, 255]]], dtype="uint8")))
+    [[0. 0. 1. 1.]]
+    """
+    if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
+        given = getattr(images, "dtype", type(images).__name__)
+        raise TypeError(f"images must be a numpy array of uint8, got {given}")
+    if images.ndim < 2:
+        raise ValueError(f"images must have at least 2 axes, got shape {images.shape}")
+    length = int(np.prod(images.shape[1:]))
+    return (images > _HALF_OF_FULL_SCALE).reshape(len(images), length).astype(np.float32)
+
+
+def mlp(
+    norm_layer: Callable[..., Any] | None = ScratchBatchNorm,
+    norm_kwargs: Mapping[str, Any] | None = None,
+    classes: int = 10,
+    prefix: str | None = None,
+    params: Any = None,
+) -> nn.HybridSequential:
+    """Build the paper's net: three layers of 100 sigmoid units, and one score for each class.
+
+    The norm layer stands before each sigmoid and normalizes ``W u``. The bias is left out there, as
+    beta takes its part (section 3.2 of the paper).
+
+    Parameters
+    ----------
+    norm_layer : callable or None
+        Called as ``norm_layer(**norm_kwargs)`` for each of the three norm layers. None leaves them
+        out, and the dense layers have a bias.
+    norm_kwargs : mapping, optional
+        Options of the norm layer.
+    classes : int
+        Length of the output.
+    prefix, params : optional
+        See ``mxnet.gluon.Block``. Together they share the Parameters of another net, given as
+        ``net.prefix`` and ``net.collect_params()``.
+
+    Returns
+    -------
+    HybridSequential
+        Not initialized; see :func:`initialize`. Takes vectors of shape (N, 784), as
+        :func:`binarize` makes them, and returns scores of shape (N, classes).
+
+    Raises
+    ------
+    TypeError
+        If `norm_layer` is not callable, if there are `norm_kwargs` and no norm layer, or if
+        `classes` is not an integer.
+    ValueError
+        If `classes` is less than 1.
+
+    Examples
+    --------
+    >>> import mxnet as mx
+    >>> net = mlp()
+    >>> initialize(net)
+    >>> net(mx.nd.zeros((2, 784))).shape
+    (2, 10)
+    """
+    if norm_layer is not None and not callable(norm_layer):
+        raise TypeError(f"norm_layer must be a layer class or None, got {norm_layer!r}")
+    if norm_layer is None and norm_kwargs:
+        raise TypeError(f"norm_kwargs={dict(norm_kwargs)!r} needs a norm_layer, got None")
+    if isinstance(classes, bool) or not isinstance(classes, int):
+        raise TypeError(f"classes must be an integer, got {classes!r}")
+    if classes < 1:
+        raise ValueError(f"classes must be at least 1, got {classes!r}")
+
+    net = nn.HybridSequential(prefix=prefix, params=params)
+    with net.name_scope():
+        for _ in range(HIDDEN_LAYERS):
+            net.add(nn.Dense(HIDDEN_UNITS, use_bias=norm_layer is None))
+            if norm_layer is not None:
+                net.add(norm_layer(**(norm_kwargs or {})))
+            net.add(nn.Activation("sigmoid"))
+        net.add(nn.Dense(classes))
+    return net
+
+
+def initialize(net: Any, sigma: float = 0.1, ctx: Any = None) -> None:
+    """Draw the weights of a net from N(0, sigma); everything else starts as its layer says.
+
+    Parameters
+    ----------
+    net : Block
+        Any net.
+    sigma : float
+        Standard deviation, positive. The paper says "small random Gaussian values" and no number.
+    ctx : mxnet.Context or list of mxnet.Context, optional
+        Where to put the parameters; default: the current device.
+
+    Raises
+    ------
+    ValueError
+        If `sigma` is not positive and finite.
+    """
+    if not 0 < sigma < float("inf"):
+        raise ValueError(f"sigma must be positive and finite, got {sigma!r}")
+    net.initialize(mx.init.Normal(sigma), ctx=ctx, force_reinit=True)

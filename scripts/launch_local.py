@@ -1,0 +1,227 @@
+"""Run a command as a job of MXNet's parameter server on this machine.
+
+The command is started once for each process of the job, a scheduler, servers and workers, with the
+environment variables that tell it its role.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from _cluster import LAUNCHER
+from _scripting import Parser
+
+_LOOPBACK = "127.0.0.1"
+_POLL_SECONDS = 0.1
+_GRACE_SECONDS = 10.0
+_printing = threading.Lock()
+
+_EPILOG = """\
+Example:
+  python scripts/launch_local.py --workers 2 -- \\
+      python scripts/train_lenet.py --kvstore dist_sync --epochs 2
+
+Every line of output begins with the process it comes from. When a process fails, all others are
+ended. Ctrl-C is passed on to the workers, which may save their work; a second Ctrl-C ends all.
+
+Exit status: 0 if all went well; otherwise that of the first process that failed, 1 if a signal
+ended it; 2 for a command that cannot be run; 130 after Ctrl-C."""
+
+
+@dataclass(frozen=True)
+class _Process:
+    name: str
+    popen: subprocess.Popen[str]
+
+    @property
+    def is_worker(self) -> bool:
+        return self.name.startswith("worker")
+
+    def ending(self) -> str:
+        """Return how it ended."""
+        status = self.popen.returncode
+        if status < 0:
+            return f"{self.name} was ended by {signal.Signals(-status).name}"
+        return f"{self.name} ended with status {status}"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = Parser(
+        description=__doc__,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for name in ("workers", "servers"):
+        parser.add_argument(
+            f"--{name}",
+            type=_count,
+            default=2 if name == "workers" else 1,
+            metavar="N",
+            help="default: %(default)s",
+        )
+    parser.add_argument("command", nargs="+", help="the command, after --")
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer, at least 1; got {text!r}")
+    return int(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        The command line without the program's name; default: this process's.
+
+    Returns
+    -------
+    int
+        Exit status; ``--help`` says what it means.
+    """
+    options = build_parser().parse_args(argv)
+    if shutil.which(options.command[0]) is None:
+        _say(f"error: no program {options.command[0]!r}")
+        return 2
+    interrupts: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
+    try:
+        with ExitStack() as cleanup:
+            processes = _start(options, cleanup)
+            return _wait(processes, interrupts)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _say(message: str) -> None:
+    print(f"launch_local.py: {message}", file=sys.stderr, flush=True)
+
+
+def _start(options: argparse.Namespace, cleanup: ExitStack) -> list[_Process]:
+    """Start all processes; `cleanup` will end them and wait for their output."""
+    launcher = [sys.executable, str(Path(__file__).resolve())]
+    launcher += [f"--workers={options.workers}", f"--servers={options.servers}"]
+    common = {
+        **os.environ,
+        "DMLC_PS_ROOT_URI": _LOOPBACK,
+        "DMLC_PS_ROOT_PORT": str(_free_port()),
+        "DMLC_NODE_HOST": _LOOPBACK,
+        "DMLC_NUM_WORKER": str(options.workers),
+        "DMLC_NUM_SERVER": str(options.servers),
+        LAUNCHER: f"{shlex.join(launcher)} -- ",
+    }
+    # Workers that each use all cores slow each other down.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    common.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // options.workers)))
+    names = [
+        "scheduler",
+        *(f"server {i}" for i in range(options.servers)),
+        *(f"worker {i}" for i in range(options.workers)),
+    ]
+    processes: list[_Process] = []
+    forwards: list[threading.Thread] = []
+    cleanup.callback(_join, forwards)
+    cleanup.callback(_end, processes)
+    for name in names:
+        popen = subprocess.Popen(
+            options.command,
+            env={**common, "DMLC_ROLE": name.split()[0]},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,  # a Ctrl-C in the terminal must not reach the servers
+        )
+        processes.append(_Process(name, popen))
+        for source, target in ((popen.stdout, sys.stdout), (popen.stderr, sys.stderr)):
+            thread = threading.Thread(target=_forward, args=(name, source, target), daemon=True)
+            thread.start()
+            forwards.append(thread)
+    return processes
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((_LOOPBACK, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _forward(name: str, source: Any, target: TextIO) -> None:
+    for line in source:
+        with _printing:  # or parts of two long lines would mix
+            target.write(f"{name} | {line}" if line.endswith("\n") else f"{name} | {line}\n")
+            target.flush()
+
+
+def _wait(processes: list[_Process], interrupts: list[int]) -> int:
+    """Wait for all processes, or for one to fail; return the exit status."""
+    passed_on = False
+    workers_done: float | None = None
+    while True:
+        running = [p for p in processes if p.popen.poll() is None]
+        failed = [p for p in processes if p.popen.returncode not in (None, 0)]
+        if len(interrupts) > 1:
+            _say("interrupted again: ending the job")
+            return 130
+        if interrupts and not passed_on:
+            passed_on = True
+            _say("interrupted: the workers may save their work")
+            for process in running:
+                if process.is_worker:
+                    process.popen.send_signal(signal.SIGINT)
+        if failed and not passed_on:
+            _say(f"error: {failed[0].ending()}; ending the job")
+            return max(failed[0].popen.returncode, 1)
+        if not any(p.is_worker for p in running):
+            if passed_on:
+                return 130
+            if not running:
+                return 0
+            workers_done = workers_done or time.monotonic()
+            if time.monotonic() - workers_done > _GRACE_SECONDS:
+                _say(f"error: the workers are done, {running[0].name} is not; ending the job")
+                return 1
+        time.sleep(_POLL_SECONDS)
+
+
+def _end(processes: list[_Process]) -> None:
+    """End what still runs, with everything it has started."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + _GRACE_SECONDS
+        for process in processes:
+            if process.popen.poll() is None:
+                os.killpg(process.popen.pid, number)
+        for process in processes:
+            try:
+                process.popen.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                continue
+
+
+def _join(threads: list[threading.Thread]) -> None:
+    for thread in threads:
+        thread.join(_GRACE_SECONDS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
