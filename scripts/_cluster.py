@@ -93,22 +93,23 @@ class Cluster:
         Returns
         -------
         numpy.ndarray, float64, shape (size, ...)
-            By rank. Every worker adds its values to zeros, so float32 comes through exactly.
+            By rank, each value as it was, up to the range of float32.
         """
         import mxnet as mx
 
-        values = np.asarray(values, np.float64)
+        parts = _float32_parts(np.asarray(values, np.float64))
         known = self._shapes.get(name)
-        if known not in (None, values.shape):
-            raise ValueError(f"values of {name!r} must be of shape {known}, got {values.shape}")
-        table = np.zeros((self.size, *values.shape))
-        table[self.rank] = values
-        total = mx.nd.array(table, dtype="float64")
+        if known not in (None, parts.shape):
+            raise ValueError(
+                f"values of {name!r} must be of shape {known[1:]}, got {parts.shape[1:]}"
+            )
+        table = mx.nd.zeros((self.size, *parts.shape))
+        table[self.rank] = parts
         if known is None:
-            self.store.init(f"gather:{name}", total.zeros_like())
-            self._shapes[name] = values.shape
-        self.store.pushpull(f"gather:{name}", total)
-        return total.asnumpy()
+            self.store.init(f"gather:{name}", table.zeros_like())
+            self._shapes[name] = parts.shape
+        self.store.pushpull(f"gather:{name}", table)  # all others add zeros
+        return table.asnumpy().astype(np.float64).sum(axis=1)
 
     def leave(self, status: int) -> int:
         """Leave the job: together with the others, or at once if `status` says it failed."""
@@ -168,6 +169,18 @@ def end_on_error(workers: Workers) -> NoReturn:
         traceback.print_exc()
         _exit(1)
     raise
+
+
+def _float32_parts(values: np.ndarray) -> np.ndarray:
+    """Return three float32 numbers for each float64 one, whose sum it is; shape (3, ...).
+
+    MXNet's server adds up other types in float32, or not, as messages arrive.
+    """
+    parts = []
+    for _ in range(3):
+        parts.append(values.astype(np.float32))
+        values = values - parts[-1]
+    return np.stack(parts)
 
 
 def _role() -> str:
@@ -267,6 +280,10 @@ def _key_store(cluster: Cluster, name: str) -> Any:
 
         def broadcast(self, key: Any, value: Any, out: Any, priority: int = 0) -> None:
             cluster.store.broadcast(f"{name}:{key}", value, out, priority)
+            # The server keeps gradients under the same key: a value still on its way when they
+            # arrive would be replaced by their sum.
+            for copy in out if isinstance(out, list) else [out]:
+                copy.wait_to_read()
 
         def pushpull(self, key: Any, value: Any, out: Any = None, priority: int = 0) -> None:
             cluster.store.pushpull(f"{name}:{key}", value, out, priority)
