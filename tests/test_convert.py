@@ -773,7 +773,8 @@ def test_a_frozen_net_trains_with_fixed_statistics(device, rng, layer_class, mod
     assert np.abs(y - inferred).max() > 0.1
     for name in before:
         is_frozen = name == net.body[1].gamma.name
-        assert (before[name] == after[name]).all() == is_frozen, name
+        if np.abs(after[name]).max() > 1e-12:  # else the mean of data that is normalized already
+            assert (before[name] == after[name]).all() == is_frozen, name
 
 
 @kinds

@@ -5,6 +5,8 @@
 
 import importlib.util
 
+from scratchbn import use_backend
+
 import defect_cases
 import mxnet as mx
 import numpy as np
@@ -102,7 +104,13 @@ def test_a_case_that_fails_by_itself_is_not_taken_for_a_crash():
 # What ours cannot do
 
 
-def test_limit_empty_float32_batch_in_a_graph(device):
+@pytest.fixture
+def portable():
+    with use_backend("portable"):
+        yield
+
+
+def test_limit_empty_float32_batch_in_a_graph(portable, device):
     """MXNet cannot reshape an empty float32 array in a graph on a CPU: a clean error."""
     if device.device_type != "cpu":
         pytest.skip("an error of MXNet on a CPU")
@@ -127,7 +135,7 @@ def test_limit_gradient_of_a_hybridized_foreach(device, norm):
     assert error.startswith("MXNetError: Check failed: outputs.size() ==")
 
 
-def test_limit_gradient_at_a_nan_in_inference(device):
+def test_limit_gradient_at_a_nan_in_inference(portable, device):
     """In a graph the gradient at an element that is NaN is NaN, and there only."""
     x = batch().copy()
     x[0, 0, 0, 0] = np.nan
@@ -178,7 +186,7 @@ def test_limit_a_training_graph_draws_one_random_number(device):
 
 
 @every_mode
-def test_limit_an_infinite_running_statistic(device, mode):
+def test_limit_an_infinite_running_statistic(portable, device, mode):
     """Inference leaves it as it is, and training does not heal it: in a graph it becomes NaN."""
     bench = Bench("ours", mode, device)
     layer = bench.layer(3, values={"running_mean": np.inf})

@@ -124,8 +124,8 @@ inline void along(int64_t n, F f) {
   for (; i < n; ++i) f(T{}, i);
 }
 
-// Adds up K terms, each a function of the position, along a run. A vector of each parity of the
-// position is kept, so that one addition need not wait for the one before.
+// Adds up K terms, each a function of the position, along a run. Four vectors take turns, so that
+// one addition need not wait for the one before.
 template <typename T, int K, typename F>
 class Sums {
  public:
