@@ -29,8 +29,9 @@ def set_backend(name: str) -> None:
     ----------
     name : {'auto', 'portable', 'native'}
         'portable': operators that every MXNet has, on any device. 'native': the compiled kernel,
-        built now if it has not been; it runs on CPUs. 'auto': the kernel on CPUs if it has been
-        built (``python -m scratchbn build-native``), else portable. Without a call of this
+        built now if it has not been; it runs on CPUs. 'auto': the kernel in hybridized nets on
+        CPUs if it has been built (``python -m scratchbn build-native``), else portable, as is
+        eager code, whose time goes into Python. Without a call of this
         function: what the environment variable SCRATCHBN_BACKEND names, else 'auto'.
 
     Raises
@@ -98,13 +99,15 @@ def get_backend() -> str:
     return name
 
 
-def is_native(devices: Set[str]) -> bool:
+def is_native(devices: Set[str], graph: bool) -> bool:
     """Tell whether to compute with the kernel.
 
     Parameters
     ----------
     devices : set of str
         The types of the devices that hold the data; empty if no data is at hand.
+    graph : bool
+        Whether a graph is being built.
 
     Raises
     ------
@@ -115,7 +118,7 @@ def is_native(devices: Set[str]) -> bool:
     if name == "portable":
         return False
     if name == "auto":
-        return bool(devices) and devices <= _CPU and native.available()
+        return graph and bool(devices) and devices <= _CPU and native.available()
     if not devices <= _CPU:
         raise BackendError(
             f"the native backend runs on CPUs, the data is on {', '.join(sorted(devices - _CPU))}: "

@@ -368,7 +368,7 @@ class ScratchBatchNorm(HybridBlock):
 
         low = _graph.is_float16(x, self._dtype)
         values = F.cast(x, dtype="float32") if low else x
-        if self._is_stock() and _backend.is_native(_graph.devices(x)):
+        if self._is_stock() and _backend.is_native(_graph.devices(x), _graph.is_symbol(x)):
             counters = [] if counter is None else [counter]
             y = self._compiled(F, values, gamma, beta, [*stored, *counters])
             y = F.cast(y, dtype="float16") if low else y

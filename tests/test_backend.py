@@ -121,11 +121,12 @@ def test_without_a_kernel_auto_is_portable_and_native_an_error(unbuilt, unchosen
 
 def test_native_refuses_data_that_is_not_on_a_cpu(kernel):
     with use_backend("native"):
-        assert _backend.is_native({"cpu"})
+        assert _backend.is_native({"cpu"}, False)
         with pytest.raises(BackendError, match="runs on CPUs, the data is on gpu"):
-            _backend.is_native({"gpu"})
+            _backend.is_native({"gpu"}, True)
     with use_backend("auto"):
-        assert not _backend.is_native({"gpu", "cpu"})
+        assert not _backend.is_native({"gpu", "cpu"}, True)
+        assert not _backend.is_native({"cpu"}, False), "eager code is portable"
 
 
 # Nets

@@ -171,7 +171,8 @@ def _load(path: Path) -> None:
     import mxnet as mx
 
     try:
-        mx.library.load(str(path), verbose=False)
+        if not hasattr(mx.nd._internal, "_scratchbn_batch_norm"):  # twice would replace it in use
+            mx.library.load(str(path), verbose=False)
     except mx.MXNetError as error:
         raise BackendError(f"MXNet could not load {path}: {error}") from error
     _state["loaded"] = path
