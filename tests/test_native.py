@@ -173,6 +173,7 @@ def test_a_library_that_does_not_load_is_an_error(tmp_path):
         f"native.library_path = lambda: pathlib.Path({str(torn)!r})\n"
         "layer = ScratchBatchNorm(in_channels=3)\n"
         "layer.initialize()\n"
+        "layer.hybridize()\n"
         "print(layer(mx.nd.ones((2, 3))).shape, native.facts()['problem'])\n"
         "try:\n"
         "    scratchbn.set_backend('native')\n"
