@@ -153,13 +153,17 @@ class ChannelView:
         return self._product(self._ones_L, by_channel.reshape((1, -1)), transpose_a=True)
 
     def restore(self, matrix: Array, description: dict[str, Any] | None = None) -> Array:
-        """Give a matrix, shape (L, C * S), the shape of `x` again.
+        """Give a matrix, shape (L, C * S), the shape of `x` again, in memory of its own.
 
         A graph keeps the `description` in an attribute, for those who fold exported graphs.
         """
         if is_symbol(matrix):
             return self._F.reshape_like(matrix, self._x, attr=_described(description))
-        return matrix.reshape(self._x.shape) if matrix.size else matrix.reshape_like(self._x)
+        if not matrix.size:
+            return matrix.reshape_like(self._x)
+        # Not NDArray.reshape, which shares memory: max pooling behind such a view computes its
+        # gradient from a workspace that it never wrote (docs/builtin-defects.md).
+        return self._F.reshape(matrix, shape=self._x.shape)
 
 
 # --- types ------------------------------------------------------------------------------------

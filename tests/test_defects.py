@@ -101,6 +101,55 @@ def test_a_case_that_fails_by_itself_is_not_taken_for_a_crash():
         case.outcome("built-in", "eager", mx.cpu())
 
 
+# What MXNet's max pooling gets wrong, whatever layer stands before it
+
+VIEWS = {
+    "reshape": lambda x: x.reshape((4, 3, 4, 4)),
+    "rows": lambda x: x[1:3].reshape((2, 3, 4, 4)),
+    "split_data": lambda x: mx.gluon.utils.split_data(x.reshape((4, 3, 4, 4)), 2)[1],
+}
+
+
+def pooled_gradient(x, view=None, *, train_mode=True):
+    """The gradient of the sum of 2x2 maxima, and the exact one."""
+    values = x.asnumpy() if view is None else view(x).asnumpy()
+    windows = values.reshape((*values.shape[:2], 2, 2, 2, 2))
+    exact = (windows == windows.max(axis=(3, 5), keepdims=True)).reshape(values.shape)
+    kept = []
+    for value in (7, 1 << 30, 255):  # what an array that nobody wrote may be found to hold
+        kept.append(mx.nd.full((64,), value, dtype="int32", ctx=x.context))
+    mx.nd.waitall()
+    del kept
+    pool = mx.gluon.nn.MaxPool2D(2)
+    seen = x if view is None else view(x)
+    seen.attach_grad()
+    with autograd.record(train_mode=train_mode):
+        y = pool(seen)
+    y.backward()
+    return seen.grad.asnumpy(), exact
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_max_pooling_behind_a_view(device, rng, view):
+    if device.device_type != "cpu":
+        pytest.skip("an error of MXNet on a CPU")
+    x = mx.nd.array(rng.normal(size=(4, 3, 16)), ctx=device)
+    gradient, exact = pooled_gradient(x, VIEWS[view])
+    assert not np.array_equal(gradient, exact)
+    gradient, exact = pooled_gradient(x, lambda x: VIEWS[view](x).copy())
+    np.testing.assert_array_equal(gradient, exact)
+
+
+def test_max_pooling_recorded_in_inference(device, rng):
+    if device.device_type != "cpu":
+        pytest.skip("an error of MXNet on a CPU")
+    x = mx.nd.array(rng.normal(size=(4, 3, 4, 4)), ctx=device)
+    gradient, exact = pooled_gradient(x, train_mode=False)
+    assert not np.array_equal(gradient, exact)
+    gradient, exact = pooled_gradient(x.astype("float64"), train_mode=False)
+    np.testing.assert_array_equal(gradient, exact)
+
+
 # What ours cannot do
 
 
