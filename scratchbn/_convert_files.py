@@ -18,11 +18,13 @@ import numpy as np
 from mxnet import autograd
 from mxnet.gluon import Block
 
-from ._files import first_line, load_params, load_symbol, plain_name
+from ._files import load_params, load_symbol, plain_name
 from ._graph import MARKER
 from ._ir import Entry as Output
 from ._ir import Graph, Node
-from ._lower import BATCH_NORMS, CUDNN_LEAST_EPSILON, PARAMETERS, description_of
+from ._lower import CUDNN_LEAST_EPSILON, PARAMETERS, description_of
+from ._net import BATCH_NORM_OPERATORS
+from ._text import first_line
 from .convert import ConversionReport, Entry
 from .layer import ScratchBatchNorm, ScratchBatchNormReLU
 
@@ -229,13 +231,13 @@ class _Calls(Block):
 
 
 def _to_scratch(graph: Graph, values: Mapping[str, Any]) -> ConversionReport:
-    texts = {f'"op": "{op}"': op for op in sorted(BATCH_NORMS)}
+    texts = {f'"op": "{op}"': op for op in sorted(BATCH_NORM_OPERATORS)}
     skipped = list(_in_loops(graph, texts))
     entries = [*(entry for node in graph.nodes() for entry in node.inputs), *graph.heads]
     more = {entry.node for entry in entries if entry.output > 0}
     nodes = []
     for node in graph.nodes():
-        if node.op not in BATCH_NORMS:
+        if node.op not in BATCH_NORM_OPERATORS:
             continue
         reason = _why_not(node, has_more=node in more)
         if reason is None:

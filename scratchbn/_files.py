@@ -4,31 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import shutil
-import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import mxnet as mx
 
-PathLike = Union[str, "os.PathLike[str]"]
-
-
-def first_line(error: Exception) -> str:
-    """Return what an MXNet error says, without its stack trace."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = [line for line in lines if "Error" in line or "Check failed" in line]
-    line = (said or lines or [type(error).__name__])[-1]
-    return re.sub(r"\[[\d:]+\] \S+?: |^MXNetError: ", "", line)
-
-
-def check_directory(path: PathLike) -> None:
-    """Raise FileNotFoundError if there is no directory for a file to be written to."""
-    if not Path(path).parent.is_dir():
-        raise FileNotFoundError(f"the directory of {os.fspath(path)!r} does not exist")
+from ._text import first_line
+from ._writing import PathLike, write_files
 
 
 def load_symbol(symbol: Any) -> Any:
@@ -129,55 +112,6 @@ def write_model(prefix: PathLike, symbol: Any, values: Mapping[str, Any], epoch:
             ),
         }
     )
-
-
-def write_files(writers: Mapping[Path, Callable[[Path], Any]]) -> None:
-    """Write several files, all or none: what exists is replaced when everything is written.
-
-    Parameters
-    ----------
-    writers : mapping of Path to callable
-        Each is called with a temporary path in the directory of its file.
-
-    Raises
-    ------
-    OSError
-        If a file cannot be written or replaced; existing files are then as before.
-    """
-    with ExitStack() as stack:
-        staged = []
-        for path, write in writers.items():
-            check_directory(path)
-            name = tempfile.mkdtemp(prefix=".unfinished-", dir=path.parent)
-            stack.callback(shutil.rmtree, name, ignore_errors=True)
-            new, old = Path(name, "new"), Path(name, "old")
-            try:
-                write(new)
-            except mx.MXNetError as error:
-                raise OSError(f"cannot write {str(path)!r}: {first_line(error)}") from error
-            staged.append((path, new, old))
-        replaced: list[tuple[Path, Path]] = []
-        try:
-            for path, new, old in staged:
-                if path.exists():
-                    _keep(path, old)
-                os.replace(new, path)
-                replaced.append((path, old))
-        except BaseException:
-            for path, old in replaced:
-                if old.exists():
-                    os.replace(old, path)
-                else:
-                    path.unlink()
-            raise
-
-
-def _keep(path: Path, copy: Path) -> None:
-    """Keep a file's content under a second name."""
-    with suppress(OSError):  # not every file system has links
-        os.link(path, copy)
-        return
-    shutil.copy2(path, copy)
 
 
 def plain_name(name: str) -> str:

@@ -17,18 +17,13 @@ from typing import Any
 import mxnet as mx
 import numpy as np
 
-from ._files import first_line
 from ._graph import MARKER
 from ._ir import Entry, Graph, Node
+from ._net import BATCH_NORM_OPERATORS
+from ._text import first_line
 
 STYLES = ("dwconv", "affine", "batchnorm")
 
-BATCH_NORMS = {
-    "BatchNorm",
-    "BatchNorm_v1",
-    "_contrib_BatchNormWithReLU",
-    "_contrib_SyncBatchNorm",
-}
 _PRODUCERS = {"Convolution", "Deconvolution", "FullyConnected"}
 _PASS_THROUGH = {"BlockGrad", "_copy"}
 _SPATIAL = {"Convolution", "Deconvolution", "Pooling"}
@@ -39,7 +34,7 @@ _SAME_RANK = {
     *(f"_{name}_scalar" for name in ("div", "minus", "mul", "plus", "power", "rdiv", "rminus")),
     *(f"elemwise_{name}" for name in ("add", "div", "mul", "sub")),
     *(f"broadcast_{name}" for name in ("add", "div", "mul", "sub")),
-    *BATCH_NORMS,
+    *BATCH_NORM_OPERATORS,
 }
 CUDNN_LEAST_EPSILON = 1e-5
 PARAMETERS = ("gamma", "beta", "running_mean", "running_var")
@@ -185,7 +180,7 @@ class Lowering:
                 f"the layer inside loop {node.name!r} ({node.op}) cannot be exported for "
                 "inference: take the batch normalization out of the loop body"
             )
-        for op in sorted({*BATCH_NORMS, "Dropout"}):
+        for op in sorted({*BATCH_NORM_OPERATORS, "Dropout"}):
             if f'"op": "{op}"' in body:
                 self.kept.append(Row(node.name, f"left with {op}", "it is inside a loop"))
 
@@ -213,7 +208,7 @@ class Lowering:
         for node in self.graph.nodes():
             if MARKER in node.attrs:
                 norms.append(self._described_norm(node))
-            elif node.op in BATCH_NORMS:
+            elif node.op in BATCH_NORM_OPERATORS:
                 computed = [e.node for e in node.inputs[1:] if e.node.op != "null"]
                 reason = None
                 if node in more or node.flag("output_mean_var", False):

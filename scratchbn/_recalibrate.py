@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from itertools import islice
 from typing import Any
-from warnings import warn
 
 import mxnet as mx
 import numpy as np
 from mxnet import autograd
-from mxnet.gluon import Block, HybridBlock, SymbolBlock
+from mxnet.gluon import Block
 
 from . import _graph, functional
-from .convert import _blocks, _check_block, _hidden_built_in, _hidden_scratch, _norm_layers
-from .layer import _check_flag, _check_integer
+from ._checks import check_choice, check_flag, check_integer
+from ._net import (
+    blocks_of,
+    check_block,
+    copies_of,
+    eager,
+    hidden_states,
+    norm_layers,
+    put_back,
+    warn_of_hidden,
+)
 
 __all__ = ["MODES", "recalibrate"]
 
@@ -197,20 +205,17 @@ def recalibrate(
     >>> print(layer.running_mean.data().asnumpy(), layer.running_var.data().asnumpy())
     [3.] [2.6666667]
     """
-    _check_block(net)
+    check_block(net)
     if isinstance(data, (mx.nd.NDArray, np.ndarray, str)) or not isinstance(data, Iterable):
         raise TypeError(f"data must be an iterable of batches, got {type(data).__name__}")
     if batches is not None:
-        batches = _check_integer("batches", batches, least=1)
-    if not isinstance(mode, str):
-        raise TypeError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    progress = _check_flag("progress", progress)
+        batches = check_integer("batches", batches, least=1)
+    mode = check_choice("mode", mode, MODES)
+    progress = check_flag("progress", progress)
 
-    blocks = _blocks(net)
-    _warn_of_hidden(blocks, "recalibrated")
-    layers = [layer for layer, _ in _norm_layers(blocks) if not layer._kwargs["use_global_stats"]]
+    blocks = blocks_of(net)
+    warn_of_hidden(blocks, "are not recalibrated")
+    layers = [layer for layer, _ in norm_layers(blocks) if not layer._kwargs["use_global_stats"]]
     if not layers:
         return 0
     mx.nd.waitall()  # graphs with static_shape write to the statistics behind the engine's back
@@ -262,12 +267,12 @@ def _run(
     used = 0
     with ExitStack() as stack:
         stack.enter_context(autograd.pause(train_mode=True))
-        stack.enter_context(_eager(blocks))
+        stack.enter_context(eager(blocks))
         for x in inputs:
             if not used:
                 _finish_initialization(net, blocks, x)
-                stack.callback(_put_back, _copies(_hidden_states(blocks)))
-                for layer, path in _norm_layers(blocks):
+                stack.callback(put_back, copies_of(hidden_states(blocks)))
+                for layer, path in norm_layers(blocks):
                     hook = _Hook(path or layer.name, layer, gathered, new)
                     stack.callback(hook.put_back)
                     stack.callback(layer.register_forward_hook(hook).detach)
@@ -277,25 +282,8 @@ def _run(
     return used
 
 
-@contextmanager
-def _eager(blocks: dict[Block, str]) -> Iterator[None]:
-    """Run all blocks eagerly: hooks of a layer inside a graph are not called."""
-    active = [
-        block
-        for block in blocks
-        if isinstance(block, HybridBlock) and not isinstance(block, SymbolBlock) and block._active
-    ]
-    for block in active:
-        block._active = False
-    try:
-        yield
-    finally:
-        for block in active:
-            block._active = True
-
-
 def _finish_initialization(net: Any, blocks: dict[Block, str], x: Array) -> None:
-    layers = [layer for layer, _ in _norm_layers(blocks)]
+    layers = [layer for layer, _ in norm_layers(blocks)]
     if any(layer.running_mean._data is None for layer in layers):
         with autograd.predict_mode():
             net(x)
@@ -310,10 +298,10 @@ class _Hook:
         self._title = title
         self._gathered = gathered
         self._new = new
-        self._copies = _copies(p for p in layer._reg_params.values() if p.grad_req == "null")
+        self._copies = copies_of(p for p in layer._reg_params.values() if p.grad_req == "null")
 
     def put_back(self) -> None:
-        _put_back(self._copies)
+        put_back(self._copies)
 
     def __call__(self, layer: Any, inputs: tuple[Array, ...], output: Array) -> None:
         self.put_back()
@@ -332,45 +320,6 @@ class _Hook:
                 f"{self._title!r} has none after {gathered.calls} batches"
             )
         gathered.add(x.size // len(arrays[0]), *arrays)
-
-
-# --- states -----------------------------------------------------------------------------------
-
-_Copies = list[tuple[Array, Array]]
-
-
-def _copies(parameters: Iterable[Any]) -> _Copies:
-    """Copy the values of Parameters, on each device; those without a value are left out."""
-    return [(value, value.copy()) for p in parameters for value in p._data or ()]
-
-
-def _put_back(copies: _Copies) -> None:
-    for value, copy in copies:
-        value[:] = copy
-
-
-def _hidden_states(blocks: dict[Block, str]) -> list[Any]:
-    """Return the running statistics in the graphs of blocks that have no layers."""
-    return [
-        block.params[name]
-        for block in blocks
-        if isinstance(block, SymbolBlock)
-        for name in block._cached_graph[1].list_auxiliary_states()
-    ]
-
-
-def _warn_of_hidden(blocks: dict[Block, str], verb: str) -> None:
-    for block, path in blocks.items():
-        if not isinstance(block, SymbolBlock):
-            continue
-        hidden = _hidden_built_in(block) + _hidden_scratch(block)
-        if hidden:
-            warn(
-                f"{path or 'the net'} ({type(block).__name__}): {hidden} batch normalizations are "
-                f"nodes of its graph and are not {verb}",
-                UserWarning,
-                stacklevel=3,
-            )
 
 
 def _new_values(layers: list[Any], gathered: dict[Any, Any]) -> list[tuple[Any, np.ndarray]]:

@@ -7,32 +7,30 @@ its Parameters, name, hooks and hybridize flags are the same objects as before.
 
 from __future__ import annotations
 
-import json
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from warnings import warn
 
 import numpy as np
 from mxnet.gluon import Block, HybridBlock, SymbolBlock, nn
 from mxnet.gluon.contrib.nn import SyncBatchNorm
 from mxnet.gluon.nn.basic_layers import _BatchNorm
 
+from ._checks import check_flag
+from ._net import (
+    blocks_of,
+    check_block,
+    clear_graphs,
+    hidden_builtin,
+    hidden_scratch,
+    norm_layers,
+    warn_of_hidden,
+)
 from .layer import ScratchBatchNorm, ScratchBatchNormReLU
 
 __all__ = ["ConversionReport", "Entry", "freeze", "to_builtin", "to_scratch", "unfreeze"]
 
 _BUILT_IN_OPTIONS = frozenset({"axis", "eps", "momentum", "fix_gamma", "use_global_stats"})
-_BUILT_IN_OPERATORS = frozenset(
-    {
-        "BatchNorm",
-        "BatchNorm_v1",
-        "_contrib_BatchNormWithReLU",
-        "_contrib_SyncBatchNorm",
-        "_npx_batch_norm",
-    }
-)
 # What a subclass may define without computing anything else than its base does.
 _HARMLESS = frozenset(
     {
@@ -108,73 +106,6 @@ class ConversionReport:
         return "\n".join(lines)
 
 
-# --- finding layers ---------------------------------------------------------------------------
-
-
-def _check_block(net: Any) -> None:
-    if not isinstance(net, Block):
-        raise TypeError(f"net must be a gluon Block, got {net!r}")
-
-
-def _blocks(net: Block) -> dict[Block, str]:
-    """Return every block that `net` holds, itself first, with the path it was first met on.
-
-    Children come first, then blocks in attributes and in lists, tuples, sets and dicts, nested at
-    any depth: Gluon does not register those, yet a forward may call them.
-    """
-    found: dict[Block, str] = {}
-    containers: set[int] = set()
-
-    def visit(value: Any, path: str) -> None:
-        if isinstance(value, Block):
-            if value not in found:
-                found[value] = path
-                for name, held in _held(value):
-                    visit(held, f"{path}.{name}" if path else name)
-            return
-        if not isinstance(value, (dict, list, tuple, set, frozenset, deque)):
-            return
-        if id(value) in containers:
-            return
-        containers.add(id(value))
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            visit(item, f"{path}[{key!r}]")
-
-    visit(net, "")
-    return found
-
-
-def _held(block: Block) -> Iterator[tuple[str, Any]]:
-    yield from block._children.items()
-    yield from [(name, value) for name, value in vars(block).items() if name != "_children"]
-
-
-def _clear_caches(blocks: dict[Block, str]) -> None:
-    for block in blocks:
-        # A SymbolBlock has no layers, and cannot build again what it was optimized to.
-        if isinstance(block, HybridBlock) and not isinstance(block, SymbolBlock):
-            block._clear_cached_op()
-
-
-def _hidden_built_in(block: SymbolBlock) -> int:
-    """Count the built-in's nodes in the graph of a block."""
-    nodes = json.loads(block._cached_graph[1].tojson())["nodes"]
-    return sum(node["op"] in _BUILT_IN_OPERATORS for node in nodes)
-
-
-def _hidden_scratch(block: SymbolBlock) -> int:
-    """Count our layers in the graph of a block: running variances no built-in node reads."""
-    nodes = json.loads(block._cached_graph[1].tojson())["nodes"]
-    states = set(block._cached_graph[1].list_auxiliary_states())
-    read = {
-        nodes[i[0]]["name"]
-        for node in nodes
-        if node["op"] in _BUILT_IN_OPERATORS
-        for i in node["inputs"]
-    }
-    return sum(name.endswith("running_var") for name in states - read)
-
-
 # --- conversion -------------------------------------------------------------------------------
 
 
@@ -239,7 +170,7 @@ def to_scratch(net: Block) -> tuple[Block, ConversionReport]:
     >>> type(net[1]).__name__, len(report.converted), len(report.skipped)
     ('ScratchBatchNorm', 1, 0)
     """
-    _check_block(net)
+    check_block(net)
     return _convert(net, _BatchNorm, _why_not_to_scratch, _plan_to_scratch)
 
 
@@ -279,7 +210,7 @@ def to_builtin(net: Block) -> tuple[Block, ConversionReport]:
     >>> print(report)
     1 converted, 0 skipped
     """
-    _check_block(net)
+    check_block(net)
     return _convert(net, ScratchBatchNorm, _why_not_to_built_in, _plan_to_built_in)
 
 
@@ -289,7 +220,7 @@ def _convert(
     why_not: Callable[[Block], str | None],
     plan: Callable[[Any, bool], _Plan],
 ) -> tuple[Block, ConversionReport]:
-    blocks = _blocks(net)
+    blocks = blocks_of(net)
     is_float16 = _holds_float16(blocks)
     plans, converted, skipped, notes = [], [], [], []
     for block, path in blocks.items():
@@ -305,7 +236,7 @@ def _convert(
     for planned in plans:
         planned.carry_out()
     if plans:
-        _clear_caches(blocks)
+        clear_graphs(blocks)
     return net, ConversionReport(tuple(converted), tuple(skipped), tuple(notes))
 
 
@@ -338,7 +269,7 @@ def _own_members(layer: Block, base: type) -> str:
 
 def _why_not_to_scratch(block: Block) -> str | None:
     if isinstance(block, SymbolBlock):
-        hidden = _hidden_built_in(block)
+        hidden = hidden_builtin(block)
         return f"{hidden} batch normalizations are nodes of its graph" if hidden else None
     if not isinstance(block, _BatchNorm):
         return None
@@ -357,7 +288,7 @@ def _is_equivalent(cls: type) -> bool:
 
 def _why_not_to_built_in(block: Block) -> str | None:
     if isinstance(block, SymbolBlock):
-        hidden = _hidden_scratch(block)
+        hidden = hidden_scratch(block)
         return f"{hidden} batch normalizations are nodes of its graph" if hidden else None
     if not isinstance(block, ScratchBatchNorm):
         return None
@@ -521,13 +452,12 @@ def freeze(net: Block, parameters: bool = False) -> tuple[str, ...]:
     >>> net[1]._kwargs["use_global_stats"], net[1].gamma.grad_req
     (False, 'write')
     """
-    _check_block(net)
-    if not isinstance(parameters, (bool, np.bool_)):
-        raise TypeError(f"parameters must be True or False, got {parameters!r}")
-    blocks = _blocks(net)
-    _warn_of_hidden(blocks)
+    check_block(net)
+    check_flag("parameters", parameters)
+    blocks = blocks_of(net)
+    warn_of_hidden(blocks, "were not frozen")
     changed = []
-    for layer, path in _norm_layers(blocks):
+    for layer, path in norm_layers(blocks):
         before = _frozen_state(layer)
         vars(layer).setdefault(_GLOBAL_STATS_BEFORE, layer._kwargs["use_global_stats"])
         layer._kwargs["use_global_stats"] = True
@@ -538,7 +468,7 @@ def freeze(net: Block, parameters: bool = False) -> tuple[str, ...]:
         if _frozen_state(layer) != before:
             changed.append(path)
     if changed:
-        _clear_caches(blocks)
+        clear_graphs(blocks)
     return tuple(changed)
 
 
@@ -560,10 +490,10 @@ def unfreeze(net: Block) -> tuple[str, ...]:
     TypeError
         If `net` is not a Block.
     """
-    _check_block(net)
-    blocks = _blocks(net)
+    check_block(net)
+    blocks = blocks_of(net)
     changed = []
-    for layer, path in _norm_layers(blocks):
+    for layer, path in norm_layers(blocks):
         if _GLOBAL_STATS_BEFORE not in vars(layer):
             continue
         layer._kwargs["use_global_stats"] = vars(layer).pop(_GLOBAL_STATS_BEFORE)
@@ -572,7 +502,7 @@ def unfreeze(net: Block) -> tuple[str, ...]:
                 parameter.grad_req = vars(parameter).pop(_GRAD_REQ_BEFORE)
         changed.append(path)
     if changed:
-        _clear_caches(blocks)
+        clear_graphs(blocks)
     return tuple(changed)
 
 
@@ -580,23 +510,3 @@ def _frozen_state(layer: Any) -> list[Any]:
     grad_reqs = [parameter.grad_req for parameter in (layer.gamma, layer.beta)]
     held = [_GLOBAL_STATS_BEFORE in vars(layer), layer._kwargs["use_global_stats"]]
     return [*held, *grad_reqs]
-
-
-def _norm_layers(blocks: dict[Block, str]) -> Iterator[tuple[Any, str]]:
-    for block, path in blocks.items():
-        if isinstance(block, (_BatchNorm, ScratchBatchNorm)):
-            yield block, path
-
-
-def _warn_of_hidden(blocks: dict[Block, str]) -> None:
-    for block, path in blocks.items():
-        if not isinstance(block, SymbolBlock):
-            continue
-        hidden = _hidden_built_in(block) + _hidden_scratch(block)
-        if hidden:
-            warn(
-                f"{path or 'the net'} ({type(block).__name__}): {hidden} batch normalizations are "
-                "nodes of its graph and were not frozen",
-                UserWarning,
-                stacklevel=3,
-            )

@@ -24,19 +24,17 @@ from mxnet.gluon.block import _flatten, _regroup
 from mxnet.gluon.parameter import DeferredInitializationError
 
 from ._files import (
-    PathLike,
-    check_directory,
-    first_line,
     load_params,
     load_symbol,
     named_for_file,
     plain_name,
-    write_files,
     write_model,
 )
 from ._graph import inference_markers
 from ._ir import Graph
 from ._lower import STYLES, Lowering, Row, variables_of
+from ._text import first_line, table
+from ._writing import PathLike, check_directory, write_files
 
 __all__ = ["FoldReport", "export_inference", "export_onnx", "fold"]
 
@@ -64,13 +62,10 @@ class FoldReport:
 
     def __str__(self) -> str:
         summary = f"{len(self.folded)} folded, {len(self.kept)} kept"
-        rows = [("layer", "result", "because")]
-        rows += [(row.node, row.result, row.because) for row in (*self.folded, *self.kept)]
-        if len(rows) == 1:
+        rows = [(row.node, row.result, row.because) for row in (*self.folded, *self.kept)]
+        if not rows:
             return summary
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        lines = ["  ".join(f"{c:<{w}}" for c, w in zip(row, widths)).rstrip() for row in rows]
-        return "\n".join([*lines, summary])
+        return f"{table(('layer', 'result', 'because'), rows)}\n{summary}"
 
 
 def export_inference(

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import sys
-from numbers import Integral, Real
 from typing import Any, Union
 
 import mxnet as mx
@@ -12,6 +9,7 @@ import numpy as np
 from mxnet.gluon import HybridBlock
 
 from . import _backend, _graph, functional
+from ._checks import check_epsilon, check_flag, check_integer, check_momentum
 
 __all__ = ["ScratchBatchNorm", "ScratchBatchNormReLU"]
 
@@ -23,41 +21,6 @@ _STATISTICS_DTYPE: dict[Any, np.dtype[Any]] = {
     np.dtype("float32"): np.dtype("float32"),
     np.dtype("float64"): np.dtype("float64"),
 }
-
-
-def _check_integer(name: str, value: Any, least: int | None = None) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if least is not None and value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value!r}")
-    return int(value)
-
-
-def _check_number(name: str, value: Any, least: float, most: float, range_text: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    number = float(value)
-    if not least <= number <= most or math.isinf(number):
-        raise ValueError(f"{name} must be {range_text}, got {value!r}")
-    if 0 < number < sys.float_info.min:
-        raise ValueError(f"{name} must not be subnormal, MXNet's operators refuse it: {value!r}")
-    return number
-
-
-def _check_momentum(value: Any) -> float | None:
-    if value is None:
-        return None
-    return _check_number("momentum", value, 0, 1, "between 0 and 1, or None")
-
-
-def _check_epsilon(value: Any) -> float:
-    return _check_number("epsilon", value, 0, math.inf, "finite and not negative")
-
-
-def _check_flag(name: str, value: Any) -> bool:
-    if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-    return bool(value)
 
 
 def _as_dtype(dtype: Any) -> Any:
@@ -192,13 +155,13 @@ class ScratchBatchNorm(HybridBlock):
         params: mx.gluon.ParameterDict | None = None,
     ) -> None:
         options = {
-            "axis": _check_integer("axis", axis),
-            "eps": _check_epsilon(epsilon),
-            "momentum": _check_momentum(momentum),
-            "fix_gamma": not _check_flag("scale", scale),
-            "use_global_stats": _check_flag("use_global_stats", use_global_stats),
-            "center": _check_flag("center", center),
-            "unbiased_variance": _check_flag("unbiased_variance", unbiased_variance),
+            "axis": check_integer("axis", axis),
+            "eps": check_epsilon(epsilon),
+            "momentum": check_momentum(momentum),
+            "fix_gamma": not check_flag("scale", scale),
+            "use_global_stats": check_flag("use_global_stats", use_global_stats),
+            "center": check_flag("center", center),
+            "unbiased_variance": check_flag("unbiased_variance", unbiased_variance),
         }
         initializers = {
             "beta_initializer": beta_initializer,
@@ -208,7 +171,7 @@ class ScratchBatchNorm(HybridBlock):
         }
         for name, value in initializers.items():
             _check_initializer(name, value)
-        shape = (_check_integer("in_channels", in_channels, least=0),)
+        shape = (check_integer("in_channels", in_channels, least=0),)
 
         super().__init__(prefix=prefix, params=params)
         # Helpers written for nn.BatchNorm, GluonCV's among them, edit this dict to change options.
@@ -358,8 +321,8 @@ class ScratchBatchNorm(HybridBlock):
         stored = [_graph.to_classic(v) for v in (running_mean, running_var)]
         counter = None if num_batches is None else _graph.to_classic(num_batches)
         options = self._kwargs
-        axis = _check_integer("axis", options["axis"])
-        epsilon = _check_epsilon(options["eps"])
+        axis = check_integer("axis", options["axis"])
+        epsilon = check_epsilon(options["eps"])
 
         description = self._describe()
         if _graph.is_symbol(x) and _graph.marking() and description is not None:
@@ -440,7 +403,7 @@ class ScratchBatchNorm(HybridBlock):
         ValueError
             If ``momentum`` was set to None on a layer that does not count batches.
         """
-        momentum = _check_momentum(self._kwargs["momentum"])
+        momentum = check_momentum(self._kwargs["momentum"])
         if momentum is not None:
             return functional.running_average(running, batch, momentum)
         if count is None:
@@ -496,9 +459,9 @@ class ScratchBatchNorm(HybridBlock):
             beta,
             stored,
             may_train=not options["use_global_stats"],
-            axis=_check_integer("axis", options["axis"]),
-            epsilon=_check_epsilon(options["eps"]),
-            momentum=_check_momentum(options["momentum"]),
+            axis=check_integer("axis", options["axis"]),
+            epsilon=check_epsilon(options["eps"]),
+            momentum=check_momentum(options["momentum"]),
             scale=not options["fix_gamma"],
             center=options["center"],
             relu=relu,

@@ -7,7 +7,6 @@ import io
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -17,15 +16,15 @@ from warnings import warn
 import mxnet as mx
 import numpy as np
 from mxnet import autograd
-from mxnet.gluon import Block, HybridBlock, SymbolBlock
+from mxnet.gluon import Block, HybridBlock
 from mxnet.gluon.block import _flatten
 
 from . import _graph, functional
 from ._backend import get_backend, use_backend
-from ._files import PathLike, check_directory
-from ._recalibrate import Population, _warn_of_hidden
-from .convert import _blocks, _check_block, _norm_layers
-from .layer import _check_flag, _check_integer
+from ._checks import check_flag, check_integer
+from ._net import blocks_of, check_block, may_be_traced, norm_layers, warn_of_hidden
+from ._recalibrate import Population
+from ._writing import PathLike, check_directory, staged
 
 __all__ = ["FIELDS", "SATURATION", "Monitor"]
 
@@ -172,16 +171,16 @@ class Monitor:
         *,
         channels: bool = False,
     ) -> None:
-        _check_block(net)
-        self._every = _check_integer("every", every, least=1)
-        self._channels = _check_flag("channels", channels)
+        check_block(net)
+        self._every = check_integer("every", every, least=1)
+        self._channels = check_flag("channels", channels)
         live = _Table(console) if console is not False else None
         self._file = None if path is None else _LineFile(path, self._channels)
         self._live = live
 
-        blocks = _blocks(net)
-        _warn_of_hidden(blocks, "observed")
-        self._layers = [layer for layer, _ in _norm_layers(blocks)]
+        blocks = blocks_of(net)
+        warn_of_hidden(blocks, "are not observed")
+        self._layers = [layer for layer, _ in norm_layers(blocks)]
         self._nonfinite = dict.fromkeys(self._layers, 0)
         self._seen: dict[Any, list[_Batch]] = {}
         self._has_seen = False
@@ -275,11 +274,8 @@ class Monitor:
             raise ImportError("plot needs matplotlib: pip install 'scratchbn[demo]'") from error
         figure = Figure(figsize=(12, 6.5), layout="constrained")
         _draw(figure, self.records)
-        path = Path(path)
-        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=path.parent) as folder:
-            staged = Path(folder, path.name)
-            figure.savefig(staged, dpi=120)
-            os.replace(staged, path)
+        with staged(path) as file:
+            figure.savefig(file, dpi=120)
 
     # --- observing ----------------------------------------------------------------------------
 
@@ -420,14 +416,11 @@ def _per_channel(layer: Any, mean: np.ndarray, variance: np.ndarray) -> dict[str
 
 def _may_hold_graph(blocks: dict[Block, str]) -> list[HybridBlock]:
     """Return the blocks above a norm layer that can be hybridized."""
-    layers = {layer for layer, _ in _norm_layers(blocks)}
+    layers = {layer for layer, _ in norm_layers(blocks)}
     return [
         block
         for block in blocks
-        if isinstance(block, HybridBlock)
-        and not isinstance(block, SymbolBlock)
-        and block not in layers
-        and not layers.isdisjoint(_blocks(block))
+        if may_be_traced(block) and block not in layers and not layers.isdisjoint(blocks_of(block))
     ]
 
 

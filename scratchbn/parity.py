@@ -11,11 +11,11 @@ import itertools
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import mxnet as mx
@@ -24,6 +24,8 @@ from mxnet import autograd
 from mxnet.gluon import Block, Constant, Parameter, nn
 from mxnet.gluon.nn.basic_layers import _BatchNorm
 
+from ._text import table
+from ._writing import PathLike, write_text
 from .layer import ScratchBatchNorm
 
 __all__ = ["Case", "Report", "Row", "compare", "run_grid", "standard_grid"]
@@ -153,10 +155,7 @@ class Report:
 
     def __str__(self) -> str:
         header, lines, more = self.table()
-        widths = [max(map(len, column)) for column in zip(header, *lines)]
-        text = [self.verdict]
-        for line in [header, *lines]:
-            text.append("  " + "  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip())
+        text = [self.verdict, indent(table(header, lines), "  ")]
         text += [f"  {more}"] if more else []
         return "\n".join([*text, *(f"  note: {note}" for note in self.notes)])
 
@@ -378,20 +377,10 @@ def _row_from_json(row: dict[str, Any]) -> Row:
     return Row(**values)
 
 
-def _write(text: str, path: str | os.PathLike[str] | None) -> str:
-    if path is None:
-        return text
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)  # mkstemp's files are for the owner alone
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+def _write(text: str, path: PathLike | None) -> str:
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
     return text
 
 

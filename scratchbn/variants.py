@@ -10,7 +10,8 @@ import math
 from typing import Any, NamedTuple
 
 from . import _graph, functional
-from .layer import ScratchBatchNorm, _check_epsilon, _check_integer, _check_number
+from ._checks import check_epsilon, check_integer, check_number
+from .layer import ScratchBatchNorm
 
 __all__ = ["BatchRenorm", "GhostBatchNorm"]
 
@@ -125,7 +126,7 @@ class GhostBatchNorm(ScratchBatchNorm):
     infers_as_batch_norm = True
 
     def __init__(self, ghost_size: int, **options: Any) -> None:
-        _check_integer("ghost_size", ghost_size, least=1)
+        check_integer("ghost_size", ghost_size, least=1)
         super().__init__(**options)
         self._kwargs["ghost_size"] = ghost_size
         if self._kwargs["axis"] == 0:
@@ -151,8 +152,8 @@ class GhostBatchNorm(ScratchBatchNorm):
         select: _graph.Select,
     ) -> Any:
         """Take the statistics of each chunk, and their averages for the running statistics."""
-        size = _check_integer("ghost_size", self._kwargs["ghost_size"], least=1)
-        axis = _check_integer("axis", self._kwargs["axis"])
+        size = check_integer("ghost_size", self._kwargs["ghost_size"], least=1)
+        axis = check_integer("axis", self._kwargs["axis"])
         chunks = _Chunks(F, view.restore(view.values), axis, size)
         kept = chunks.repeat(running_mean), chunks.repeat(running_var)
         of_chunks = functional.statistics(F, chunks, *kept, select)
@@ -278,7 +279,7 @@ class BatchRenorm(ScratchBatchNorm):
     ) -> Any:
         """Take the statistics of the batch, and r and d from them; in inference r = 1 and d = 0."""
         batch = super().statistics(F, view, running_mean, running_var, select)
-        epsilon = _check_epsilon(self._kwargs["eps"])
+        epsilon = check_epsilon(self._kwargs["eps"])
         factor = functional.inverse_std(F, running_var, epsilon)
         # Not F.clip, which rounds its limits to float32.
         r = F.minimum(F.sqrt(batch.variance + epsilon) * factor, self.r_max)
@@ -300,4 +301,4 @@ class BatchRenorm(ScratchBatchNorm):
 
 
 def _check_limit(name: str, value: Any, least: float) -> float:
-    return _check_number(name, value, least, math.inf, f"finite and at least {least}")
+    return check_number(name, value, least, math.inf, f"finite and at least {least}")

@@ -4,7 +4,7 @@ import importlib.util
 import warnings
 
 from scratchbn import ScratchBatchNorm, ScratchBatchNormReLU, freeze, recalibrate
-from scratchbn.convert import _norm_layers
+from scratchbn._net import norm_layers
 
 import mxnet as mx
 import numpy as np
@@ -346,7 +346,7 @@ def test_only_running_statistics_change_in_every_mode(layer_class, mode, device,
         y = outer(x).sum()
     y.backward()
     graphs = [(b, b._active, b._cached_op, b._cached_graph, b._flags) for b in (outer, net, *net)]
-    options = [(layer, dict(layer._kwargs)) for layer, _ in _norm_layers(dict.fromkeys(net, ""))]
+    options = [(layer, dict(layer._kwargs)) for layer, _ in norm_layers(dict.fromkeys(net, ""))]
     before = states(outer)
     assert recalibrate(outer, [x, *rest]) == 3
     after = states(outer)
