@@ -1,0 +1,53 @@
+"""What command lines share: an error is one line, numbers have bounds."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that reports an error in one line, without the usage, and knows no abbreviations."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+
+
+def fail(program: str, status: int, message: str) -> int:
+    """Print an error as one line; return the exit status."""
+    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return status
+
+
+def integer(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Return the type of an option that is an integer between two bounds."""
+    bounds = f"at least {least}" if most is None else f"between {least} and {most}"
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be an integer, got {text!r}") from None
+        if value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(f"must be {bounds}, got {text!r}")
+        return value
+
+    return parse
+
+
+def positive(text: str) -> float:
+    """Parse an option that is a positive number."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be positive and finite, got {text!r}")
+    return value
