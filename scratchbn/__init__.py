@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from . import _runtime
 
 if TYPE_CHECKING:
-    from ._backend import BackendError, get_backend, set_backend, use_backend
     from ._convert_files import convert_files
     from ._recalibrate import recalibrate
     from ._runtime import DeviceError, resolve_device
+    from .backends import BackendError, get_backend, set_backend, use_backend
     from .convert import freeze, to_builtin, to_scratch, unfreeze
     from .layer import ScratchBatchNorm, ScratchBatchNormReLU
 
@@ -38,20 +38,20 @@ __all__ = [
 ]
 
 _ROOMS = {
-    "BackendError": "_backend",
+    "BackendError": "backends",
     "DeviceError": "_runtime",
     "ScratchBatchNorm": "layer",
     "ScratchBatchNormReLU": "layer",
     "convert_files": "_convert_files",
     "freeze": "convert",
-    "get_backend": "_backend",
+    "get_backend": "backends",
     "recalibrate": "_recalibrate",
     "resolve_device": "_runtime",
-    "set_backend": "_backend",
+    "set_backend": "backends",
     "to_builtin": "convert",
     "to_scratch": "convert",
     "unfreeze": "convert",
-    "use_backend": "_backend",
+    "use_backend": "backends",
 }
 
 _unusable: ImportError | None = None

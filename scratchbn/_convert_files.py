@@ -19,12 +19,12 @@ from mxnet import autograd
 from mxnet.gluon import Block
 
 from ._files import load_params, load_symbol, plain_name
-from ._graph import MARKER
 from ._ir import Entry as Output
 from ._ir import Graph, Node
 from ._lower import CUDNN_LEAST_EPSILON, PARAMETERS, description_of
 from ._net import BATCH_NORM_OPERATORS
 from ._text import first_line
+from .backends.marker import KEY as MARKER
 from .convert import ConversionReport, Entry
 from .layer import ScratchBatchNorm, ScratchBatchNormReLU
 

@@ -1,7 +1,7 @@
 """Rewrite the graph of a trained net for inference: what ``deploy`` does, on the symbol's JSON.
 
 Parameter values are known when a graph is written to files, not when it is traced. So a batch
-normalization is one node until here (a marker of :func:`scratchbn._graph.marker`, or MXNet's
+normalization is one node until here (a marker of :func:`scratchbn.backends.marker`, or MXNet's
 ``BatchNorm``), and becomes one multiplication and one addition per channel, ``scale * x + shift``,
 or disappears in the weights of the layer before it.
 """
@@ -17,10 +17,10 @@ from typing import Any
 import mxnet as mx
 import numpy as np
 
-from ._graph import MARKER
 from ._ir import Entry, Graph, Node
 from ._net import BATCH_NORM_OPERATORS
 from ._text import first_line
+from .backends.marker import KEY as MARKER
 
 STYLES = ("dwconv", "affine", "batchnorm")
 

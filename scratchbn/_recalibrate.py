@@ -13,8 +13,9 @@ import numpy as np
 from mxnet import autograd
 from mxnet.gluon import Block
 
-from . import _graph, functional
+from . import functional
 from ._checks import check_choice, check_flag, check_integer
+from ._graph.arrays import to_classic
 from ._net import (
     blocks_of,
     check_block,
@@ -308,7 +309,7 @@ class _Hook:
         options = layer._kwargs
         if options["use_global_stats"] or not inputs[0].size:
             return
-        x = _graph.to_classic(inputs[0]).astype("float64")
+        x = to_classic(inputs[0]).astype("float64")
         mean, variance = functional.moments(mx.nd, x, options.get("axis", 1))
         arrays = mean.asnumpy(), variance.asnumpy()
         if layer.running_mean not in self._gathered:
@@ -347,5 +348,5 @@ def _write(values: list[tuple[Any, np.ndarray]]) -> None:
     # Not set_data: a Trainer then drops its key-value store, or fails if that is a distributed one.
     for parameter, value in values:
         for array in parameter.list_data():
-            _graph.to_classic(array)[:] = mx.nd.array(value, dtype=parameter.dtype, ctx=array.ctx)
+            to_classic(array)[:] = mx.nd.array(value, dtype=parameter.dtype, ctx=array.ctx)
     mx.nd.waitall()

@@ -620,7 +620,7 @@ def _backend_facts() -> dict[str, Any]:
     """Say what is chosen, what 'auto' would be on a CPU, and what there is of the kernel."""
     facts: dict[str, Any] = importlib.import_module("scratchbn.native").facts()
     try:
-        chosen = importlib.import_module("scratchbn._backend").get_backend()
+        chosen = importlib.import_module("scratchbn.backends").get_backend()
     except ValueError as error:
         chosen, facts["problem"] = "unknown", str(error)
     return {"chosen": chosen, "auto": "portable" if facts["problem"] else "native", **facts}

@@ -30,11 +30,11 @@ from ._files import (
     plain_name,
     write_model,
 )
-from ._graph import inference_markers
 from ._ir import Graph
 from ._lower import STYLES, Lowering, Row, variables_of
 from ._text import first_line, table
 from ._writing import PathLike, check_directory, write_files
+from .backends.marker import inference_markers
 
 __all__ = ["FoldReport", "export_inference", "export_onnx", "fold"]
 

@@ -19,12 +19,15 @@ from mxnet import autograd
 from mxnet.gluon import Block, HybridBlock
 from mxnet.gluon.block import _flatten
 
-from . import _graph, functional
-from ._backend import get_backend, use_backend
+from . import functional
 from ._checks import check_flag, check_integer
+from ._graph.arrays import is_symbol, to_classic
+from ._graph.trace import executing
+from ._graph.view import ChannelView
 from ._net import blocks_of, check_block, may_be_traced, norm_layers, warn_of_hidden
 from ._recalibrate import Population
 from ._writing import PathLike, check_directory, staged
+from .backends import get_backend, use_backend
 
 __all__ = ["FIELDS", "SATURATION", "Monitor"]
 
@@ -286,7 +289,7 @@ class Monitor:
         return self._observes_next() and autograd.is_recording() and autograd.is_training()
 
     def _after_layer(self, layer: Any, inputs: tuple[Array, ...], output: Array) -> None:
-        if _graph.is_symbol(output):
+        if is_symbol(output):
             if self._traced is not None:
                 self._traced.append((layer, inputs[0], output))
         elif self._is_listening():
@@ -299,7 +302,7 @@ class Monitor:
         if not block._active or not self._is_listening() or block._backend:
             return
         arrays, structure = _flatten(inputs, "input")
-        if any(_graph.is_symbol(a) for a in arrays):
+        if any(is_symbol(a) for a in arrays):
             return
         if block._cached_op is not None and structure != block._in_format:
             return  # an error that the block itself is to raise
@@ -379,10 +382,10 @@ class _Batch:
 
     def __init__(self, layer: Any, x: Array, y: Array) -> None:
         axis = layer._kwargs.get("axis", 1)
-        x, y = (_as_float(_graph.to_classic(values)) for values in (x, y))
+        x, y = (_as_float(to_classic(values)) for values in (x, y))
         self.count = x.size // x.shape[axis]
         self.mean, self.variance = functional.moments(mx.nd, x, axis)
-        view = _graph.ChannelView(mx.nd, y, axis)
+        view = ChannelView(mx.nd, y, axis)
         self.positive = view.mean(view.values > 0)
         self.saturated = view.mean(view.values.abs() > SATURATION)
 
@@ -457,7 +460,7 @@ class _ObservedGraph:
         # The layers may have been traced with another backend than would be chosen now. The order
         # of a graph's inputs tells: the compiled operator reads gamma before the statistics.
         for backend in dict.fromkeys((get_backend(), "auto", "portable")):
-            with use_backend(backend):
+            with use_backend(backend), executing():
                 data, graph, traced = trace(block, inputs)
             outputs = list(graph.as_nd_ndarray())
             self._length = len(outputs)

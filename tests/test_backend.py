@@ -4,7 +4,8 @@ import json
 import threading
 
 import scratchbn
-from scratchbn import BackendError, ScratchBatchNorm, _backend, native, use_backend
+from scratchbn import BackendError, ScratchBatchNorm, native, use_backend
+from scratchbn.backends import choice
 
 # isort: split
 import mxnet as mx
@@ -39,7 +40,7 @@ def unbuilt(monkeypatch):
 
 @pytest.fixture
 def unchosen(monkeypatch):
-    monkeypatch.setattr(_backend, "_chosen", None)
+    monkeypatch.setattr(choice, "_chosen", None)
     monkeypatch.delenv("SCRATCHBN_BACKEND", raising=False)
 
 
@@ -121,12 +122,12 @@ def test_without_a_kernel_auto_is_portable_and_native_an_error(unbuilt, unchosen
 
 def test_native_refuses_data_that_is_not_on_a_cpu(kernel):
     with use_backend("native"):
-        assert _backend.is_native({"cpu"}, False)
+        assert choice.is_native({"cpu"}, "eager")
         with pytest.raises(BackendError, match="runs on CPUs, the data is on gpu"):
-            _backend.is_native({"gpu"}, True)
+            choice.is_native({"gpu"}, "execute")
     with use_backend("auto"):
-        assert not _backend.is_native({"gpu", "cpu"}, True)
-        assert not _backend.is_native({"cpu"}, False), "eager code is portable"
+        assert not choice.is_native({"gpu", "cpu"}, "execute")
+        assert not choice.is_native({"cpu"}, "eager"), "eager code is portable"
 
 
 # Nets

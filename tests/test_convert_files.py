@@ -4,7 +4,7 @@ import json
 
 from scratchbn import ScratchBatchNorm, ScratchBatchNormReLU, cli, convert_files
 from scratchbn._files import plain_name, write_model
-from scratchbn._graph import MARKER
+from scratchbn.backends.marker import KEY as MARKER
 from scratchbn.deploy import fold
 
 import helpers

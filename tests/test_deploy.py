@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from scratchbn import ScratchBatchNorm, ScratchBatchNormReLU, cli
-from scratchbn._graph import MARKER
+from scratchbn.backends.marker import KEY as MARKER
 from scratchbn.deploy import export_inference, fold
 
 import helpers

@@ -36,7 +36,7 @@ class Detached(ScratchBatchNorm):
 
     def statistics(self, F, view, running_mean, running_var, select):
         batch = super().statistics(F, view, running_mean, running_var, select)
-        return batch._replace(rest=F.BlockGrad(batch.rest))
+        return batch._replace(low=F.BlockGrad(batch.low))
 
 
 class Stuck(ScratchBatchNorm):

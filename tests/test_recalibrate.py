@@ -224,7 +224,7 @@ class Renormalizing(ScratchBatchNorm):
 
     def statistics(self, F, view, running_mean, running_var, select):
         batch = super().statistics(F, view, running_mean, running_var, select)
-        return batch._replace(rest=batch.rest - batch.mean + running_mean)
+        return batch._replace(low=batch.low - batch.mean + running_mean)
 
     def transform(self, F, view, batch, gamma, beta, epsilon):
         if self.fails:

@@ -1,7 +1,4 @@
-"""Which implementation the layers compute with: stock operators, or the compiled kernel.
-
-Both have the same semantics. A hybridized net keeps what was chosen when it was traced.
-"""
+"""Which way a layer computes. A hybridized net keeps what was chosen when it was traced."""
 
 from __future__ import annotations
 
@@ -10,10 +7,14 @@ import threading
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
 
-from . import native
-from .native import BackendError
-
-__all__ = ["BACKENDS", "BackendError", "get_backend", "set_backend", "use_backend"]
+from .. import native as kernel
+from .._graph import trace
+from .._graph.arrays import Array, is_symbol
+from ..native import BackendError
+from .marker import describe, marker, marking
+from .native import native
+from .portable import portable
+from .way import Layer, Way
 
 BACKENDS = ("auto", "portable", "native")
 _CPU = {"cpu", "cpu_pinned", "cpu_shared"}
@@ -22,17 +23,52 @@ _chosen: str | None = None
 _here = threading.local()
 
 
+def choose(layer: Layer, x: Array) -> Way:
+    """Return the way to compute for this layer and this input."""
+    symbolic = is_symbol(x)
+    if symbolic and marking() and describe(layer) is not None:
+        return marker
+    purpose = trace.current().purpose if symbolic else "eager"
+    if layer.is_stock and is_native(trace.devices_of(x), purpose):
+        return native
+    return portable
+
+
+def is_native(devices: Set[str], purpose: str) -> bool:
+    """Tell whether to compute with the kernel.
+
+    `devices` are the types of those that hold the data, empty if no data is at hand; `purpose` is
+    'eager', or that of the :class:`~scratchbn._graph.trace.Trace`. A BackendError says why the
+    kernel cannot be had where it was chosen by name.
+    """
+    name = get_backend()
+    if name == "portable" or purpose == "remember":
+        return False
+    if name == "auto":
+        on_cpu = bool(devices) and devices <= _CPU
+        return purpose == "execute" and on_cpu and kernel.available()
+    if not devices <= _CPU:
+        raise BackendError(
+            f"the native backend runs on CPUs, the data is on {', '.join(sorted(devices - _CPU))}: "
+            "choose 'auto' or 'portable'"
+        )
+    kernel.load()
+    return True
+
+
 def set_backend(name: str) -> None:
     """Choose what layers compute with, in every thread, from now on.
+
+    Without a call of this function it is what the environment variable SCRATCHBN_BACKEND names,
+    else 'auto'.
 
     Parameters
     ----------
     name : {'auto', 'portable', 'native'}
         'portable': operators that every MXNet has, on any device. 'native': the compiled kernel,
-        built now if it has not been; it runs on CPUs. 'auto': the kernel in hybridized nets on
-        CPUs if it has been built (``python -m scratchbn build-native``), else portable, as is
-        eager code, whose time goes into Python. Without a call of this
-        function: what the environment variable SCRATCHBN_BACKEND names, else 'auto'.
+        built now if it has not been; it runs on CPUs. 'auto': native for hybridized nets on a CPU
+        if the kernel is built (``python -m scratchbn build-native``), else portable; eager calls
+        are portable, as their time goes into Python.
 
     Raises
     ------
@@ -44,9 +80,9 @@ def set_backend(name: str) -> None:
     Notes
     -----
     A hybridized net keeps what was chosen when it was traced: choose before its first call, or
-    call ``hybridize()`` again. The kernel is used in nets, eager and hybridized; what ``export``
-    and ``save`` write is always the portable graph, and so is a layer called on symbols unless
-    'native' was chosen by name. A layer that overrides how it computes is portable always.
+    call ``hybridize()`` again. What ``export`` and ``save`` write is always the portable graph,
+    and so is a layer called on symbols unless 'native' was chosen by name. A layer that overrides
+    how it computes is always portable.
     """
     global _chosen
     _check(name)
@@ -99,37 +135,8 @@ def get_backend() -> str:
     return name
 
 
-def is_native(devices: Set[str], graph: bool) -> bool:
-    """Tell whether to compute with the kernel.
-
-    Parameters
-    ----------
-    devices : set of str
-        The types of the devices that hold the data; empty if no data is at hand.
-    graph : bool
-        Whether a graph is being built.
-
-    Raises
-    ------
-    BackendError
-        If 'native' was chosen by name and cannot be had.
-    """
-    name = get_backend()
-    if name == "portable":
-        return False
-    if name == "auto":
-        return graph and bool(devices) and devices <= _CPU and native.available()
-    if not devices <= _CPU:
-        raise BackendError(
-            f"the native backend runs on CPUs, the data is on {', '.join(sorted(devices - _CPU))}: "
-            "choose 'auto' or 'portable'"
-        )
-    native.load()
-    return True
-
-
 def _check(name: str) -> None:
     if name not in BACKENDS:
         raise ValueError(f"name must be one of {', '.join(BACKENDS)}, got {name!r}")
     if name == "native":
-        native.load()
+        kernel.load()
