@@ -1,9 +1,9 @@
-"""Running statistics set to what the data has, in one pass without training."""
+"""Set running statistics to those of the data, in one pass without training."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from itertools import islice
 from typing import Any
@@ -15,108 +15,27 @@ from mxnet.gluon import Block
 
 from . import _graph, functional
 from ._checks import check_choice, check_flag, check_integer
+from ._hidden import hidden_states, warn_of_hidden
 from ._net import (
     blocks_of,
+    channel_axis,
     check_block,
     copies_of,
     eager,
-    hidden_states,
     norm_layers,
+    options_of,
+    own_parameters,
     put_back,
-    warn_of_hidden,
+    values_of,
 )
+from .population import CumulativeAverage, Population
 
-__all__ = ["MODES", "recalibrate"]
+__all__ = ["recalibrate"]
 
 Array = Any
 
 
-class Population:
-    """Mean and variance of all elements seen, by the law of total variance.
-
-    Var[x] is the mean of the variances of the parts plus the variance of their means, both
-    weighted by size. It does not depend on how the elements are divided into parts.
-
-    Parameters
-    ----------
-    unbiased : bool, default False
-        Whether the variance is to be the unbiased one.
-
-    Attributes
-    ----------
-    calls, count : int
-        How many parts, and how many elements per channel, have been added.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> parts = Population()
-    >>> parts.add(1, np.array([1.0]), np.array([0.0]))
-    >>> parts.add(2, np.array([4.0]), np.array([1.0]))
-    >>> print(*parts.statistics(), np.var([1, 3, 5]))
-    [3.] [2.66666667] 2.6666666666666665
-    """
-
-    def __init__(self, unbiased: bool = False) -> None:
-        self.calls = 0
-        self.count = 0
-        self._unbiased = unbiased
-        self._mean: Any = 0.0
-        self._variance: Any = 0.0
-
-    def add(self, count: int, mean: np.ndarray, variance: np.ndarray) -> None:
-        """Add a part of `count` >= 1 elements per channel, with its mean and biased variance."""
-        share = count / (self.count + count)
-        distance = mean - self._mean
-        within = (1 - share) * self._variance + share * variance
-        self._variance = within + share * (1 - share) * distance**2
-        self._mean = self._mean + share * distance
-        self.count += count
-        self.calls += 1
-
-    def statistics(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the mean and the variance, each of shape (C,) and float64.
-
-        Raises
-        ------
-        ValueError
-            If the variance is to be unbiased and there is 1 element per channel.
-        """
-        if not self._unbiased:
-            return self._mean, self._variance
-        if self.count < 2:
-            raise ValueError(_NO_UNBIASED_VARIANCE)
-        return self._mean, self._variance * (self.count / (self.count - 1))
-
-
-class _Cumulative:
-    """The plain average of the statistics of each batch, as training with ``momentum=None``."""
-
-    def __init__(self, unbiased: bool = False) -> None:
-        self.calls = 0
-        self._unbiased = unbiased
-        self._mean: Any = 0.0
-        self._variance: Any = 0.0
-
-    def add(self, count: int, mean: np.ndarray, variance: np.ndarray) -> None:
-        if self._unbiased:
-            if count < 2:
-                return  # as the layer passes over such a batch
-            variance = variance * (count / (count - 1))
-        self.calls += 1
-        self._mean = self._mean + (mean - self._mean) / self.calls
-        self._variance = self._variance + (variance - self._variance) / self.calls
-
-    def statistics(self) -> tuple[np.ndarray, np.ndarray]:
-        if not self.calls:
-            raise ValueError(_NO_UNBIASED_VARIANCE)
-        return self._mean, self._variance
-
-
-_NO_UNBIASED_VARIANCE = (
-    "data must have at least 2 elements per channel for unbiased_variance=True, got 1"
-)
-MODES: dict[str, Any] = {"population": Population, "cumulative": _Cumulative}
+_ACCUMULATORS = {"population": Population, "cumulative": CumulativeAverage}
 
 
 def recalibrate(
@@ -210,24 +129,29 @@ def recalibrate(
         raise TypeError(f"data must be an iterable of batches, got {type(data).__name__}")
     if batches is not None:
         batches = check_integer("batches", batches, least=1)
-    mode = check_choice("mode", mode, MODES)
+    mode = check_choice("mode", mode, _ACCUMULATORS)
     progress = check_flag("progress", progress)
 
     blocks = blocks_of(net)
     warn_of_hidden(blocks, "are not recalibrated")
-    layers = [layer for layer, _ in norm_layers(blocks) if not layer._kwargs["use_global_stats"]]
+    layers = [layer for layer, _ in norm_layers(blocks) if not _is_frozen(layer)]
     if not layers:
         return 0
     mx.nd.waitall()  # graphs with static_shape write to the statistics behind the engine's back
-    gathered: dict[Any, Any] = {}  # by Parameter: layers that share their statistics are one
-    used = _run(net, blocks, _inputs(data, batches, progress), gathered, MODES[mode])
+    gathered = _Gathered(_ACCUMULATORS[mode])
+    used = _gather(net, blocks, _first_items(data, batches, progress), gathered)
     if used < (batches or 1):
         raise ValueError(f"data must have at least {batches or 1} batches, got {used}")
-    _write(_new_values(layers, gathered))
+    _write([value for layer in layers for value in _new_values(layer, gathered)])
     return used
 
 
-def _inputs(data: Iterable[Any], batches: int | None, progress: bool) -> Iterator[Array]:
+def _is_frozen(layer: Any) -> bool:
+    return bool(options_of(layer)["use_global_stats"])
+
+
+def _first_items(data: Iterable[Any], batches: int | None, progress: bool) -> Iterator[Array]:
+    """Yield what the net is called with, under a progress bar."""
     wanted: Iterable[Any] = islice(data, batches)
     if progress and importlib.util.find_spec("tqdm") is not None:
         from tqdm import tqdm
@@ -253,17 +177,8 @@ def _kind(batch: Any) -> str:
     return f"of type {type(batch).__name__}"
 
 
-# --- the pass ---------------------------------------------------------------------------------
-
-
-def _run(
-    net: Any,
-    blocks: dict[Block, str],
-    inputs: Iterator[Array],
-    gathered: dict[Any, Any],
-    new: Callable[[bool], Any],
-) -> int:
-    """Gather the statistics of all batches, in an object that `new` makes for each layer."""
+def _gather(net: Any, blocks: dict[Block, str], inputs: Iterator[Array], gathered: Any) -> int:
+    """Run the net on all inputs; leave everything as it was, and return how many there were."""
     used = 0
     with ExitStack() as stack:
         stack.enter_context(autograd.pause(train_mode=True))
@@ -273,7 +188,7 @@ def _run(
                 _finish_initialization(net, blocks, x)
                 stack.callback(put_back, copies_of(hidden_states(blocks)))
                 for layer, path in norm_layers(blocks):
-                    hook = _Hook(path or layer.name, layer, gathered, new)
+                    hook = _GatheringHook(layer, path or layer.name, gathered)
                     stack.callback(hook.put_back)
                     stack.callback(layer.register_forward_hook(hook).detach)
             net(x)
@@ -283,64 +198,67 @@ def _run(
 
 
 def _finish_initialization(net: Any, blocks: dict[Block, str], x: Array) -> None:
-    layers = [layer for layer, _ in norm_layers(blocks)]
-    if any(layer.running_mean._data is None for layer in layers):
+    if not all(values_of(layer.running_mean) for layer, _ in norm_layers(blocks)):
         with autograd.predict_mode():
             net(x)
 
 
-class _Hook:
-    """Adds the input of a layer to what is gathered, and keeps the layer's state as it was."""
+class _Gathered(dict[Any, Any]):
+    """An accumulator for each running mean: layers that share their statistics count as one."""
 
-    def __init__(
-        self, title: str, layer: Any, gathered: dict[Any, Any], new: Callable[[bool], Any]
-    ) -> None:
+    def __init__(self, accumulator: type) -> None:
+        self._accumulator = accumulator
+
+    def of(self, layer: Any) -> Any:
+        unbiased = bool(options_of(layer).get("unbiased_variance"))
+        return self.setdefault(layer.running_mean, self._accumulator(unbiased))
+
+
+class _GatheringHook:
+    """Adds each input of a layer to what is gathered, and undoes what the call moved."""
+
+    def __init__(self, layer: Any, title: str, gathered: _Gathered) -> None:
         self._title = title
         self._gathered = gathered
-        self._new = new
-        self._copies = copies_of(p for p in layer._reg_params.values() if p.grad_req == "null")
+        own = own_parameters(layer).values()
+        self._copies = copies_of(p for p in own if p.grad_req == "null")
 
     def put_back(self) -> None:
         put_back(self._copies)
 
     def __call__(self, layer: Any, inputs: tuple[Array, ...], output: Array) -> None:
         self.put_back()
-        options = layer._kwargs
-        if options["use_global_stats"] or not inputs[0].size:
+        if _is_frozen(layer) or not inputs[0].size:
             return
         x = _graph.to_classic(inputs[0]).astype("float64")
-        mean, variance = functional.moments(mx.nd, x, options.get("axis", 1))
-        arrays = mean.asnumpy(), variance.asnumpy()
-        if layer.running_mean not in self._gathered:
-            self._gathered[layer.running_mean] = self._new(bool(options.get("unbiased_variance")))
-        gathered = self._gathered[layer.running_mean]
-        if not all(np.isfinite(values).all() for values in arrays):
+        mean, variance = (
+            values.asnumpy() for values in functional.moments(mx.nd, x, channel_axis(layer))
+        )
+        parts = self._gathered.of(layer)
+        if not (np.isfinite(mean).all() and np.isfinite(variance).all()):
             raise ValueError(
                 "data must give every norm layer an input of finite mean and variance; that of "
-                f"{self._title!r} has none after {gathered.calls} batches"
+                f"{self._title!r} has none after {parts.calls} batches"
             )
-        gathered.add(x.size // len(arrays[0]), *arrays)
+        parts.add(x.size // len(mean), mean, variance)
 
 
-def _new_values(layers: list[Any], gathered: dict[Any, Any]) -> list[tuple[Any, np.ndarray]]:
-    found = []
-    for layer in layers:
-        if layer.running_mean not in gathered:
-            continue
-        seen = gathered[layer.running_mean]
-        mean, variance = seen.statistics()
-        for parameter, value in ((layer.running_mean, mean), (layer.running_var, variance)):
-            with np.errstate(over="ignore"):
-                stored = value.astype(parameter.dtype)
-            if not np.isfinite(stored).all():
-                raise ValueError(
-                    f"data must have statistics that {np.dtype(parameter.dtype).name} can hold; "
-                    f"{parameter.name} would be {value.max():g}"
-                )
-            found.append((parameter, stored))
-        if hasattr(layer, "num_batches"):
-            found.append((layer.num_batches, np.array([seen.calls])))
-    return found
+def _new_values(layer: Any, gathered: _Gathered) -> Iterator[tuple[Any, np.ndarray]]:
+    """Yield the Parameters of a layer to set, with their values in their dtype."""
+    if layer.running_mean not in gathered:
+        return
+    parts = gathered.of(layer)
+    for parameter, value in zip((layer.running_mean, layer.running_var), parts.statistics()):
+        with np.errstate(over="ignore"):
+            rounded = value.astype(parameter.dtype)
+        if not np.isfinite(rounded).all():
+            raise ValueError(
+                f"data must have statistics that {np.dtype(parameter.dtype).name} can hold; "
+                f"{parameter.name} would be {value.max():g}"
+            )
+        yield parameter, rounded
+    if hasattr(layer, "num_batches"):
+        yield layer.num_batches, np.array([parts.calls])
 
 
 def _write(values: list[tuple[Any, np.ndarray]]) -> None:
