@@ -18,7 +18,7 @@ class Entry:
     kind : str
         Its class, before the conversion.
     text : str
-        What became of it, or why nothing did.
+        What it was converted to, or why it was not.
     """
 
     path: str
@@ -37,8 +37,8 @@ class ConversionReport:
     Attributes
     ----------
     converted, skipped, notes : tuple of Entry
-        The layers that were converted; the normalization that was left alone, and why; converted
-        layers that will compute something else than before, and what.
+        The converted layers; the normalization that was left alone, and why; converted layers
+        whose results change, and how.
 
     Examples
     --------

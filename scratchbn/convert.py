@@ -64,10 +64,10 @@ _REMEMBERED = "_class_before_conversion"
 def to_scratch(net: Block) -> tuple[Block, ConversionReport]:
     """Turn every ``nn.BatchNorm`` of a net into a :class:`ScratchBatchNorm`, in place.
 
-    Layers stay the objects they are, wherever they are referred to, with the same Parameters,
-    names, hooks and hybridize flags: a Trainer made earlier goes on, layers in lists or used twice
-    need no care. All options are kept, and :func:`to_builtin` restores exactly what was here.
-    Compiled graphs are dropped; they are built again when the net is called.
+    Layers stay the same objects, with the same Parameters, names, hooks and hybridize flags: an
+    existing Trainer stays valid, and layers in lists or used twice need no care. All options are
+    kept, and :func:`to_builtin` restores exactly what was here. Compiled graphs are dropped; they
+    are built again when the net is called.
 
     Subclasses are converted if they differ in ``__init__``, ``__repr__`` or ``_alias`` only (and
     GluonCV's ``BatchNormCudnnOff``); ``nn.BatchNormReLU`` becomes :class:`ScratchBatchNormReLU`.
@@ -111,8 +111,8 @@ def to_scratch(net: Block) -> tuple[Block, ConversionReport]:
 def to_builtin(net: Block) -> tuple[Block, ConversionReport]:
     """Turn every :class:`ScratchBatchNorm` of a net into ``nn.BatchNorm``, in place.
 
-    The inverse of :func:`to_scratch`, see there. A layer that was of a subclass of
-    ``nn.BatchNorm`` is of that subclass again.
+    The inverse of :func:`to_scratch`, see there. A layer that was converted from a
+    subclass of ``nn.BatchNorm`` gets its subclass back.
 
     Parameters
     ----------

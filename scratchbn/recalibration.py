@@ -34,7 +34,6 @@ __all__ = ["recalibrate"]
 
 Array = Any
 
-
 _ACCUMULATORS = {"population": Population, "cumulative": CumulativeAverage}
 
 
@@ -46,20 +45,15 @@ def recalibrate(
     mode: str = "population",
     progress: bool = True,
 ) -> int:
-    r"""Set the running statistics of all norm layers of a net to those of the data.
+    """Set the running statistics of all norm layers of a net to those of the data.
 
-    .. math:: \mu = \frac{1}{M} \sum_b m_b \mu_b, \qquad
-              \sigma^2 = \frac{1}{M} \sum_b m_b \sigma_b^2
-                       + \frac{1}{M} \sum_b m_b (\mu_b - \mu)^2, \qquad M = \sum_b m_b
+    They are gathered batch by batch in float64, see :class:`~scratchbn.population.Population`. For
+    a norm layer that sees the data through layers that treat each sample alone, these are the mean
+    and variance of all the data at once, however it is divided into batches. A layer behind another
+    norm layer sees outputs that were normalized batch by batch: use the training batch size there.
 
-    over the batches b of :math:`m_b` elements per channel, in float64. For a norm layer that sees
-    the data through layers that treat each sample alone, these are the statistics of all the data
-    at once, however it is divided into batches. Below another norm layer they are those of what
-    that layer puts out in training, normalized batch by batch: batches of the size used in training
-    are best there.
-
-    Useful where the moving averages lag behind the weights: after training with a high momentum or
-    few steps, after averaging weights, after changing them by hand.
+    Useful where the running statistics lag behind the weights: after training with a high momentum
+    or for few steps, after averaging weights, after changing them by hand.
 
     Parameters
     ----------
@@ -72,9 +66,9 @@ def recalibrate(
     batches : int, optional
         Use so many batches and no more; default: all.
     mode : {'population', 'cumulative'}
-        ``'population'``: the formula above. ``'cumulative'``: each batch counts the same whatever
-        its size, and the variance is the plain average of the variances, without that of the
-        means: what training with ``momentum=None`` converges to.
+        ``'population'``: the statistics of all elements together. ``'cumulative'``: the plain
+        averages of the batches' means and variances, whatever the sizes: what training with
+        ``momentum=None`` converges to.
     progress : bool, default True
         Show a bar, on a terminal and where tqdm is installed.
 
@@ -103,7 +97,7 @@ def recalibrate(
     runs eagerly, and is hybridized again as it was, with the same graphs. The statistics come from
     the inputs of the layers and not from what the layers do with them: variants are set like any
     other, and layers of either family alike. ``unbiased_variance=True`` is honoured. A layer with
-    ``momentum=None`` goes on from the number of batches used here. On several devices all copies
+    ``momentum=None`` continues from the number of batches used here. On several devices all copies
     are set.
 
     Layers with ``use_global_stats=True`` (see :func:`scratchbn.freeze`) keep their statistics, and

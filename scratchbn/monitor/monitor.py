@@ -24,9 +24,9 @@ __all__ = ["Monitor"]
 class Monitor:
     """Watch the norm layers of a net during training.
 
-    Call :meth:`step` once after each training step. What is observed are the forwards of the net
-    under ``autograd.record()``, in training mode; evaluation in between is not. Nothing that is
-    trained, no running statistic and no random number differs from a run without a monitor.
+    Call :meth:`step` once after each training step. The monitor observes forwards of the net under
+    ``autograd.record()`` in training mode, and no evaluation in between. It changes no Parameter,
+    no running statistic and no random number.
 
     Each observed step gives one record, a dict, for each norm layer that ran. Its fields are
     :data:`scratchbn.monitor.FIELDS`, explained in :mod:`scratchbn.monitor.records`.
@@ -72,11 +72,10 @@ class Monitor:
 
     Notes
     -----
-    In a hybridized net no hook of a layer is called. There an observed step runs a second graph of
-    the same operators, which returns the inputs and outputs of the norm layers as well; it is
-    traced once, and the net's own graph stays as it is. Layers in the body of a
-    ``contrib.foreach`` are observed in eager nets only, and so are nets that were partitioned for
-    a backend.
+    In a hybridized net an observed step runs a second graph of the same operators that also returns
+    the inputs and outputs of the norm layers. It is traced once, and the net's own graph stays.
+    Layers in the body of a ``contrib.foreach`` are observed in eager nets only, and so are nets
+    that were partitioned for a backend.
 
     Examples
     --------
