@@ -25,17 +25,8 @@ class GraphTwin:
 
     It is a CachedOp by duck typing. Gluon calls whatever it finds in that place with the block's
     inputs and Parameters, and takes a list of results: a `__call__` is all it needs, and
-    `_register_op_hook` if the user has set such a hook.
-
-    Parameters
-    ----------
-    block : HybridBlock
-    inputs : tuple
-        What it is called with.
-    layers : list of Block
-        The norm layers of the net.
-    observe : callable
-        Called with (layer, input, output) for each call of a layer, once they exist.
+    `_register_op_hook` if the user has set such a hook. `observe` is then called with the layer,
+    input and output of each call of one of the `layers`.
     """
 
     def __init__(
