@@ -13,11 +13,12 @@ from . import _runtime
 
 if TYPE_CHECKING:
     from ._convert_files import convert_files
-    from ._recalibrate import recalibrate
     from ._runtime import DeviceError, resolve_device
     from .backends import BackendError, get_backend, set_backend, use_backend
-    from .convert import freeze, to_builtin, to_scratch, unfreeze
+    from .convert import to_builtin, to_scratch
+    from .freezing import freeze, unfreeze
     from .layer import ScratchBatchNorm, ScratchBatchNormReLU
+    from .recalibration import recalibrate
 
 __version__ = "0.1.0"
 __all__ = [
@@ -43,14 +44,14 @@ _ROOMS = {
     "ScratchBatchNorm": "layer",
     "ScratchBatchNormReLU": "layer",
     "convert_files": "_convert_files",
-    "freeze": "convert",
+    "freeze": "freezing",
     "get_backend": "backends",
-    "recalibrate": "_recalibrate",
+    "recalibrate": "recalibration",
     "resolve_device": "_runtime",
     "set_backend": "backends",
     "to_builtin": "convert",
     "to_scratch": "convert",
-    "unfreeze": "convert",
+    "unfreeze": "freezing",
     "use_backend": "backends",
 }
 

@@ -543,7 +543,7 @@ class Shifted(ScratchBatchNorm):
 
     def statistics(self, F, view, running_mean, running_var, select):
         found = super().statistics(F, view, running_mean, running_var, select)
-        return found._replace(shifted=found.shifted - 1)
+        return found._replace(centred=found.centred - 1)
 
 
 class Newest(ScratchBatchNorm):
