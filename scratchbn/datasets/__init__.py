@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from .dataset import Dataset, DatasetError, NotFoundError
@@ -71,7 +72,7 @@ def load(
         raise TypeError(f"cache_dir={cache_dir!r} is a {type(cache_dir).__name__}, not a path")
     if log is not None and not callable(log):
         raise TypeError(f"log={log!r} is a {type(log).__name__}; it must be callable")
-    say = log or _print_to_stderr
+    say = log or partial(print, file=sys.stderr, flush=True)
     if spec == "sample":
         return load_sample()
     if spec == "auto":
@@ -111,10 +112,6 @@ def _whereabouts(get: Callable[[], Dataset]) -> str:
     # A diagnosis must survive whatever is wrong with the machine it describes.
     except Exception as error:
         return f"unusable: {error}"
-
-
-def _print_to_stderr(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 def _load_full(

@@ -38,7 +38,6 @@ def download(
         raise NotFoundError(source.title, [*reasons, problem])
     files: dict[str, bytes] = {}
     contents: dict[str, bytes] = {}
-    where: dict[str, str] = {}
     failures: list[str] = []
     for mirror, smallest in _answering(source.mirrors, failures):
         try:
@@ -46,14 +45,13 @@ def download(
                 if key not in files:
                     file = smallest if key == _SMALLEST else _fetch_shown(mirror, key)
                     contents[key] = _inflate_known(file, source, key, mirror)
-                    files[key], where[key] = file, mirror + _file_name(key)
+                    files[key] = file
         except DatasetError as error:
             failures.append(f"{_host(mirror)}: {error}")
             continue
-        dataset = Dataset(name, mirror, *idx.parse_all(contents, where))
         if cache is not None:
             _keep(files, cache / name, say)
-        return dataset
+        return Dataset(name, mirror, *idx.parse_all(contents, dict.fromkeys(contents, mirror)))
     raise NotFoundError(source.title, [*reasons, "download: " + ", ".join(failures)])
 
 
