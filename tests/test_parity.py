@@ -571,7 +571,7 @@ def test_the_command_refuses_a_negative_seed(capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main(["parity", "--seed", "-1"])
     assert exit.value.code == 2
-    assert "must be an integer that is not negative, got '-1'" in capsys.readouterr().err
+    assert "must be at least 0, got '-1'" in capsys.readouterr().err
 
 
 def test_the_command_prints_a_rich_table_on_a_terminal(monkeypatch, capsys):

@@ -19,7 +19,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from .. import _runtime
+from ..environment.prepare import mxnet_distributions
 
 __all__ = ["BackendError", "available", "build", "compiler", "facts", "library_path", "load"]
 
@@ -68,7 +68,7 @@ def library_path() -> Path:
     for source in (*(_HERE / name for name in _SOURCES), *_interface()):
         digest.update(source.read_bytes())
     digest.update(" ".join(_flags()).encode())
-    version = "-".join(_runtime.mxnet_distributions().values()) or "source"
+    version = "-".join(mxnet_distributions().values()) or "source"
     return _cache_directory() / f"batch_norm-mxnet-{version}-{digest.hexdigest()[:16]}.so"
 
 

@@ -8,8 +8,9 @@ import types
 import warnings
 from pathlib import Path
 
-from scratchbn import _runtime
-from scratchbn._runtime import GPU, DeviceError, Driver
+from scratchbn.environment import device, doctor, driver, help, prepare, probe
+from scratchbn.environment.device import DeviceError, resolve_device
+from scratchbn.environment.driver import GPU, Driver, query_driver
 
 import mxnet as mx
 import pytest
@@ -29,7 +30,7 @@ def run_python(code, *options, path=()):
 
 def pretend_installed(monkeypatch, **versions):
     installed = {name.replace("_", "-"): version for name, version in versions.items()}
-    monkeypatch.setattr(_runtime, "mxnet_distributions", lambda: installed)
+    monkeypatch.setattr(prepare, "version", installed.get)
 
 
 def compile_library(folder, name, source, *options):
@@ -59,8 +60,8 @@ class FakeNumpy(types.ModuleType):
 @pytest.mark.parametrize("version", ["1.24.0", "1.26.4", "1.25.0rc1"])
 def test_prepare_supplies_the_aliases_numpy_removed(monkeypatch, version):
     fake = FakeNumpy(version)
-    monkeypatch.setattr(_runtime, "np", fake)
-    _runtime.prepare()
+    monkeypatch.setattr(prepare, "np", fake)
+    prepare.prepare()
     assert vars(fake)["bool"] is builtins.bool
     assert vars(fake)["int"] is builtins.int
 
@@ -69,30 +70,30 @@ def test_prepare_supplies_the_aliases_numpy_removed(monkeypatch, version):
 def test_prepare_leaves_numpy_alone_where_it_has_the_aliases(monkeypatch, version):
     fake = FakeNumpy(version)
     before = dict(vars(fake))
-    monkeypatch.setattr(_runtime, "np", fake)
-    _runtime.prepare()
+    monkeypatch.setattr(prepare, "np", fake)
+    prepare.prepare()
     assert vars(fake) == before
 
 
 def test_prepare_keeps_an_alias_someone_else_supplied(monkeypatch):
     fake = FakeNumpy("1.26.4")
     fake.bool = marker = object()
-    monkeypatch.setattr(_runtime, "np", fake)
-    _runtime.prepare()
+    monkeypatch.setattr(prepare, "np", fake)
+    prepare.prepare()
     assert fake.bool is marker
 
 
 def test_prepare_says_which_numpy_to_install_instead_of_numpy_2(monkeypatch):
-    monkeypatch.setattr(_runtime, "np", FakeNumpy("2.1.3"))
+    monkeypatch.setattr(prepare, "np", FakeNumpy("2.1.3"))
     with pytest.raises(ImportError, match=r"numpy 2\.1\.3.*pip install 'numpy>=1\.21,<2'"):
-        _runtime.prepare()
+        prepare.prepare()
 
 
 def test_prepare_is_silent_repeatable_and_does_not_import_mxnet():
     code = """
-from scratchbn import _runtime
-_runtime.prepare()
-_runtime.prepare()
+from scratchbn.environment.prepare import prepare
+prepare()
+prepare()
 print('mxnet' in sys.modules)
 """
     child = run_python(code, "-W", "error")
@@ -101,8 +102,8 @@ print('mxnet' in sys.modules)
 
 def test_mxnet_computes_after_prepare():
     code = """
-from scratchbn import _runtime
-_runtime.prepare()
+from scratchbn.environment.prepare import prepare
+prepare()
 import mxnet as mx
 print((mx.nd.array([1, 2, 3]) * 2 + 1).asnumpy().tolist(), mx.np.ones(2, dtype=bool).sum())
 """
@@ -114,7 +115,7 @@ print((mx.nd.array([1, 2, 3]) * 2 + 1).asnumpy().tolist(), mx.np.ones(2, dtype=b
 
 
 def install_cuda_files(root, *libraries):
-    components = dict(_runtime.CUDA_LIBRARIES)
+    components = dict(prepare.CUDA_LIBRARIES)
     for library in libraries:
         folder = root / "nvidia" / components[library].replace("-", "_") / "lib"
         folder.mkdir(parents=True, exist_ok=True)
@@ -140,7 +141,7 @@ def test_cuda_libraries_are_found_in_loading_order_and_first_on_the_path(monkeyp
     (second / "nvidia/cublas/lib").mkdir(parents=True)
     (second / "nvidia/cublas/lib/libcublas.so.12").touch()
     monkeypatch.setattr(sys, "path", [str(tmp_path / "absent"), str(first), str(second)])
-    found = _runtime.find_cuda_libraries()
+    found = prepare.find_cuda_libraries()
     assert list(found.items()) == [
         ("libcudart.so.11.0", second / "nvidia/cuda_runtime/lib/libcudart.so.11.0"),
         ("libcublas.so.11", first / "nvidia/cublas/lib/libcublas.so.11"),
@@ -154,7 +155,7 @@ def test_prepare_loads_the_cuda_libraries_for_a_cuda_wheel(monkeypatch, tmp_path
     monkeypatch.delitem(sys.modules, "mxnet")
     pretend_installed(monkeypatch, mxnet_cu112="1.9.1")
     loads = record_loads(monkeypatch, failing=["libcublas.so.11"])
-    _runtime.prepare()
+    prepare.prepare()
     assert loads == [
         (name, ctypes.RTLD_GLOBAL)
         for name in ("libcublasLt.so.11", "libcublas.so.11", "libcudnn.so.8")
@@ -166,10 +167,10 @@ def test_prepare_loads_nothing_for_a_cpu_wheel_or_after_the_import(monkeypatch, 
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     loads = record_loads(monkeypatch)
     pretend_installed(monkeypatch, mxnet_cu112="1.9.1")
-    _runtime.prepare()
+    prepare.prepare()
     monkeypatch.delitem(sys.modules, "mxnet")
     pretend_installed(monkeypatch, mxnet="1.9.1")
-    _runtime.prepare()
+    prepare.prepare()
     assert loads == []
 
 
@@ -198,7 +199,7 @@ def test_a_library_that_needs_cuda_loads_after_prepare_only(tmp_path):
 
     without = run_python("import mxnet", path=[tmp_path])
     assert "libcublas.so.11: cannot open shared object file" in without.stderr
-    code = "from scratchbn import _runtime; _runtime.prepare(); import mxnet; print(mxnet.answer)"
+    code = "import scratchbn, mxnet; print(mxnet.answer)"
     prepared = run_python(code, path=[tmp_path])
     assert prepared.stdout == "7\n", prepared.stderr
 
@@ -223,8 +224,8 @@ def no_such_library(name):
     ],
 )
 def test_a_known_import_failure_is_explained(monkeypatch, error, expected):
-    monkeypatch.setattr(_runtime, "find_cuda_libraries", dict)
-    text = _runtime.import_error_help(error)
+    monkeypatch.setattr(help, "find_cuda_libraries", dict)
+    text = help.import_error_help(error)
     assert [part for part in expected if part not in text] == []
 
 
@@ -239,13 +240,13 @@ def test_a_known_import_failure_is_explained(monkeypatch, error, expected):
 )
 def test_an_unknown_import_failure_is_not_explained_away(monkeypatch, error):
     pretend_installed(monkeypatch, mxnet="1.9.1")
-    assert _runtime.import_error_help(error) is None
+    assert help.import_error_help(error) is None
 
 
 def test_import_help_names_a_cuda_library_that_is_installed_and_broken(monkeypatch, tmp_path):
     install_cuda_files(tmp_path, "libcufft.so.10")
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    text = _runtime.import_error_help(no_such_library("libcufft.so.10"))
+    text = help.import_error_help(no_such_library("libcufft.so.10"))
     assert "it is installed and cannot be loaded" in text
     assert "libcufft.so.10: file too short" in text
 
@@ -254,13 +255,13 @@ def test_import_help_says_to_import_scratchbn_first(monkeypatch, tmp_path):
     install_cuda_files(tmp_path, "libcufft.so.10")
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     record_loads(monkeypatch)
-    text = _runtime.import_error_help(no_such_library("libcufft.so.10"))
+    text = help.import_error_help(no_such_library("libcufft.so.10"))
     assert "import scratchbn before mxnet" in text
 
 
 def test_import_help_blames_two_distributions_in_one_place(monkeypatch):
     pretend_installed(monkeypatch, mxnet="1.9.1", mxnet_cu112="1.9.1")
-    text = _runtime.import_error_help(AttributeError("module 'mxnet' has no attribute 'nd'"))
+    text = help.import_error_help(AttributeError("module 'mxnet' has no attribute 'nd'"))
     assert "mxnet and mxnet-cu112 are both installed" in text
     assert "pip uninstall -y mxnet mxnet-cu112" in text
 
@@ -317,7 +318,7 @@ def plug_in(monkeypatch, cuda):
 
 def test_driver_lists_its_gpus(monkeypatch):
     plug_in(monkeypatch, FakeCuda([T4, H100]))
-    assert _runtime.query_driver() == Driver("12.2", (T4, H100), None)
+    assert query_driver() == Driver("12.2", (T4, H100), None)
 
 
 def test_no_driver_library(monkeypatch):
@@ -325,7 +326,7 @@ def test_no_driver_library(monkeypatch):
         raise no_such_library(name)
 
     monkeypatch.setattr(ctypes, "CDLL", load)
-    driver = _runtime.query_driver()
+    driver = query_driver()
     assert (driver.cuda_version, driver.gpus) == (None, ())
     assert driver.problem.startswith("no NVIDIA driver (libcuda.so.1: cannot open")
 
@@ -340,7 +341,7 @@ def test_no_driver_library(monkeypatch):
 )
 def test_a_failing_driver_says_what_failed(monkeypatch, function, status, meaning):
     plug_in(monkeypatch, FakeCuda([T4], function, status))
-    driver = _runtime.query_driver()
+    driver = query_driver()
     assert (driver.cuda_version, driver.gpus) == ("12.2", ())
     assert f"{function} returned {status} ({meaning})" in driver.problem
 
@@ -348,7 +349,7 @@ def test_a_failing_driver_says_what_failed(monkeypatch, function, status, meanin
 def test_hidden_gpus_are_reported_with_the_variable_that_hides_them(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
     plug_in(monkeypatch, FakeCuda([]))
-    problem = _runtime.query_driver().problem
+    problem = query_driver().problem
     assert problem == "the NVIDIA driver lists no GPU (CUDA_VISIBLE_DEVICES is '5')"
 
 
@@ -373,8 +374,8 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
 @needs_compiler
 def test_driver_calls_fit_the_c_interface(monkeypatch, tmp_path):
     library = compile_library(tmp_path, "libcuda.so.1", DRIVER_SOURCE)
-    monkeypatch.setattr(_runtime, "DRIVER_LIBRARY", str(library))
-    assert _runtime.query_driver() == Driver("11.8", (T4, H100), None)
+    monkeypatch.setattr(driver, "DRIVER_LIBRARY", str(library))
+    assert query_driver() == Driver("11.8", (T4, H100), None)
 
 
 # --- resolve_device
@@ -383,9 +384,10 @@ def test_driver_calls_fit_the_c_interface(monkeypatch, tmp_path):
 def machine(monkeypatch, *, driver, cuda=True, kernels=None, wheel="mxnet_cu112"):
     """Pretend to be a machine; `kernels` maps a GPU index to how its first kernel fails."""
     pretend_installed(monkeypatch, **{wheel: "1.9.1"})
-    monkeypatch.setattr(_runtime, "_built_with_cuda", lambda: cuda)
-    monkeypatch.setattr(_runtime, "query_driver", lambda: driver)
-    monkeypatch.setattr(_runtime, "_kernel_failure", (kernels or {}).get)
+    monkeypatch.setattr(device, "_built_with_cuda", lambda: cuda)
+    monkeypatch.setattr(device, "query_driver", lambda: driver)
+    monkeypatch.setattr(doctor, "query_driver", lambda: driver)
+    monkeypatch.setattr(device, "_kernel_failure", (kernels or {}).get)
 
 
 @pytest.mark.parametrize(
@@ -393,27 +395,27 @@ def machine(monkeypatch, *, driver, cuda=True, kernels=None, wheel="mxnet_cu112"
 )
 def test_an_unknown_device_is_refused_by_name(spec):
     with pytest.raises(ValueError, match="'auto', 'cpu', 'cpu:N', 'gpu' or 'gpu:N'") as caught:
-        _runtime.resolve_device(spec)
+        resolve_device(spec)
     assert repr(spec) in str(caught.value)
 
 
 @pytest.mark.parametrize("spec", [None, 0, mx.cpu()])
 def test_a_device_that_is_no_string_is_refused(spec):
     with pytest.raises(TypeError, match="device must be a string") as caught:
-        _runtime.resolve_device(spec)
+        resolve_device(spec)
     assert repr(spec) in str(caught.value)
 
 
 def test_cpu_specs():
-    assert _runtime.resolve_device("cpu") == mx.cpu(0)
-    assert _runtime.resolve_device("cpu:1") == mx.cpu(1)
+    assert resolve_device("cpu") == mx.cpu(0)
+    assert resolve_device("cpu:1") == mx.cpu(1)
 
 
 def test_gpu_specs_after_a_kernel_ran(monkeypatch):
     second = GPU(1, "RTX 4090", (8, 9))
     machine(monkeypatch, driver=Driver("12.2", (T4, second), None))
-    assert _runtime.resolve_device("gpu") == mx.gpu(0)
-    assert _runtime.resolve_device("gpu:1") == mx.gpu(1)
+    assert resolve_device("gpu") == mx.gpu(0)
+    assert resolve_device("gpu:1") == mx.gpu(1)
 
 
 NO_DRIVER = Driver(None, (), "no NVIDIA driver (libcuda.so.1: cannot open)")
@@ -455,7 +457,7 @@ NO_DRIVER = Driver(None, (), "no NVIDIA driver (libcuda.so.1: cannot open)")
 def test_an_unusable_gpu_is_an_error_that_says_why(monkeypatch, spec, pretended, expected):
     machine(monkeypatch, **pretended)
     with pytest.raises(DeviceError) as caught:
-        _runtime.resolve_device(spec)
+        resolve_device(spec)
     text = str(caught.value)
     assert text.startswith(f"device '{spec}' cannot be used: ")
     assert [part for part in expected if part not in text] == []
@@ -464,7 +466,7 @@ def test_an_unusable_gpu_is_an_error_that_says_why(monkeypatch, spec, pretended,
 def test_a_build_of_unknown_contents_is_judged_by_its_first_kernel(monkeypatch):
     driver = Driver("12.2", (GPU(0, "H100 PCIe", (9, 0)),), None)
     machine(monkeypatch, driver=driver, wheel="mxnet")
-    assert _runtime.resolve_device("gpu") == mx.gpu(0)
+    assert resolve_device("gpu") == mx.gpu(0)
 
 
 def test_auto_takes_the_first_gpu_that_works(monkeypatch):
@@ -472,14 +474,14 @@ def test_auto_takes_the_first_gpu_that_works(monkeypatch):
     machine(monkeypatch, driver=Driver("12.2", cards, None), kernels={1: "CUDA: busy"})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert _runtime.resolve_device("auto") == mx.gpu(2)
+        assert resolve_device("auto") == mx.gpu(2)
 
 
 def test_auto_falls_back_to_the_cpu_and_says_why_a_gpu_is_left_idle(monkeypatch):
     driver = Driver("12.2", (T4, H100), None)
     machine(monkeypatch, driver=driver, kernels={0: "CUDA: busy"})
     with pytest.warns(RuntimeWarning, match=r"is the CPU: .*CUDA: busy; .*no code for GPU 1"):
-        assert _runtime.resolve_device() == mx.cpu(0)
+        assert resolve_device() == mx.cpu(0)
 
 
 @pytest.mark.parametrize("cuda", [True, False])
@@ -487,22 +489,22 @@ def test_auto_is_quietly_the_cpu_where_there_is_no_gpu(monkeypatch, cuda):
     machine(monkeypatch, driver=NO_DRIVER, cuda=cuda)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert _runtime.resolve_device("auto") == mx.cpu(0)
+        assert resolve_device("auto") == mx.cpu(0)
 
 
-@pytest.mark.skipif(_runtime._built_with_cuda(), reason="needs an mxnet without CUDA")
+@pytest.mark.skipif(device._built_with_cuda(), reason="needs an mxnet without CUDA")
 def test_first_kernel_fails_for_real_without_cuda(monkeypatch):
-    assert "the CUDA runtime sees 0 GPUs" in _runtime._kernel_failure(0)
+    assert "the CUDA runtime sees 0 GPUs" in device._kernel_failure(0)
     monkeypatch.setattr(mx.context, "num_gpus", lambda: 1)
-    assert "is not implemented for GPU" in _runtime._kernel_failure(0)
+    assert "is not implemented for GPU" in device._kernel_failure(0)
 
 
 def test_first_kernel_is_checked_by_value(monkeypatch):
     monkeypatch.setattr(mx.context, "num_gpus", lambda: 1)
     monkeypatch.setattr(mx, "gpu", mx.cpu)
-    assert _runtime._kernel_failure(0) is None
+    assert device._kernel_failure(0) is None
     monkeypatch.setattr(mx.nd, "ones", lambda shape, ctx: mx.nd.zeros(shape, ctx=ctx))
-    assert _runtime._kernel_failure(0) == "1 + 1 gave [1.0, 1.0]"
+    assert device._kernel_failure(0) == "1 + 1 gave [1.0, 1.0]"
 
 
 @pytest.mark.parametrize(
@@ -520,7 +522,7 @@ def test_first_kernel_is_checked_by_value(monkeypatch):
     ],
 )
 def test_wheel_code_runs_within_a_major_version(capability, runs):
-    assert _runtime.wheel_runs(capability) is runs
+    assert device.wheel_runs(capability) is runs
 
 
 # --- doctor facts
@@ -534,7 +536,7 @@ def write_mxnet(folder, source):
 def test_facts_describe_this_machine(monkeypatch):
     monkeypatch.setenv("MXNET_ENGINE_TYPE", "ThreadedEngine")
     monkeypatch.setenv("UNRELATED", "1")
-    facts = _runtime.doctor_facts()
+    facts = doctor.doctor_facts()
     assert json.loads(json.dumps(facts)) == facts
     assert facts["python"]["version"] == ".".join(map(str, sys.version_info[:3]))
     assert facts["mxnet"]["version"] == mx.__version__
@@ -542,15 +544,15 @@ def test_facts_describe_this_machine(monkeypatch):
     assert facts["mxnet"]["features"]["MKLDNN"] is mx.runtime.Features().is_enabled("MKLDNN")
     assert facts["environment"]["MXNET_ENGINE_TYPE"] == "ThreadedEngine"
     assert "UNRELATED" not in facts["environment"]
-    assert facts["device"]["auto"] == str(_runtime.resolve_device("auto"))
-    assert facts["packages"]["hypothesis"] == _runtime.metadata.version("hypothesis")
+    assert facts["device"]["auto"] == str(resolve_device("auto"))
+    assert facts["packages"]["hypothesis"] == prepare.metadata.version("hypothesis")
     assert set(facts["data"]) >= {"mnist", "sample"}
 
 
 def test_facts_survive_an_mxnet_that_kills_its_process(monkeypatch, tmp_path):
     write_mxnet(tmp_path, "import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    mxnet = _runtime.doctor_facts()["mxnet"]
+    mxnet = doctor.doctor_facts()["mxnet"]
     assert "died of SIGILL: this CPU lacks instructions" in mxnet["error"]
     assert (mxnet["version"], mxnet["features"]) == (None, {})
 
@@ -558,7 +560,7 @@ def test_facts_survive_an_mxnet_that_kills_its_process(monkeypatch, tmp_path):
 def test_facts_explain_an_mxnet_that_cannot_be_imported(monkeypatch, tmp_path):
     write_mxnet(tmp_path, "raise OSError('libgomp.so.1: cannot open shared object file: none')\n")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    facts = _runtime.doctor_facts()
+    facts = doctor.doctor_facts()
     assert facts["mxnet"]["error"].startswith("OSError: libgomp.so.1: cannot open")
     assert "apt-get install libgomp1" in facts["advice"][0]
     assert facts["device"] is None
@@ -567,8 +569,8 @@ def test_facts_explain_an_mxnet_that_cannot_be_imported(monkeypatch, tmp_path):
 def test_facts_report_an_mxnet_that_hangs(monkeypatch, tmp_path):
     write_mxnet(tmp_path, "import time\ntime.sleep(60)\n")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    monkeypatch.setattr(_runtime, "_PROBE_SECONDS", 1)
-    assert _runtime.doctor_facts()["mxnet"]["error"] == "import mxnet did not finish within 1 s"
+    monkeypatch.setattr(probe, "_SECONDS", 1)
+    assert doctor.doctor_facts()["mxnet"]["error"] == "import mxnet did not finish within 1 s"
 
 
 def pretend_probe(monkeypatch, **changes):
@@ -577,16 +579,17 @@ def pretend_probe(monkeypatch, **changes):
         "path": "/somewhere/mxnet",
         "features": {"CUDA": True},
         "device": {"auto": "cpu(0)", "because": "the card is busy"},
+        "backend": {"chosen": "auto", "problem": None},
         "error": None,
         "help": None,
     }
-    monkeypatch.setattr(_runtime, "_probe_mxnet", lambda: facts | changes)
+    monkeypatch.setattr(doctor, "probe_mxnet", lambda: facts | changes)
 
 
 def test_facts_tell_which_gpus_the_wheel_can_run(monkeypatch):
     machine(monkeypatch, driver=Driver("12.2", (T4, H100), None))
     pretend_probe(monkeypatch)
-    facts = _runtime.doctor_facts()
+    facts = doctor.doctor_facts()
     verdicts = [(gpu["name"], gpu["wheel_runs"]) for gpu in facts["cuda"]["gpus"]]
     assert verdicts == [("Tesla T4", True), ("H100 PCIe", False)]
     assert json.loads(json.dumps(facts)) == facts
@@ -597,16 +600,16 @@ def test_facts_tell_which_gpus_the_wheel_can_run(monkeypatch):
 def test_facts_advise_the_cuda_wheel_where_there_is_a_gpu(monkeypatch):
     machine(monkeypatch, driver=Driver("12.2", (T4,), None), wheel="mxnet")
     pretend_probe(monkeypatch, features={"CUDA": False})
-    (advice,) = _runtime.doctor_facts()["advice"]
+    (advice,) = doctor.doctor_facts()["advice"]
     assert "mxnet is built without CUDA (installed: mxnet 1.9.1)" in advice
     assert "pip install 'scratchbn[cu112]'" in advice
 
 
 def test_facts_report_two_distributions_in_one_place(monkeypatch):
     pretend_installed(monkeypatch, mxnet="1.9.1", mxnet_cu112="1.9.1")
-    monkeypatch.setattr(_runtime, "query_driver", lambda: NO_DRIVER)
+    monkeypatch.setattr(doctor, "query_driver", lambda: NO_DRIVER)
     pretend_probe(monkeypatch)
-    facts = _runtime.doctor_facts()
+    facts = doctor.doctor_facts()
     assert facts["mxnet"]["distributions"] == {"mxnet": "1.9.1", "mxnet-cu112": "1.9.1"}
     (advice,) = facts["advice"]
     assert "mxnet and mxnet-cu112 are both installed" in advice
@@ -619,13 +622,12 @@ def test_facts_give_cuda_libraries_with_their_versions(monkeypatch, tmp_path):
     metadata.write_text("Metadata-Version: 2.1\nName: nvidia-cudnn-cu11\nVersion: 8.9.6.50\n")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     pretend_probe(monkeypatch)
-    library = _runtime.doctor_facts()["cuda"]["libraries"]["libcudnn.so.8"]
+    library = doctor.doctor_facts()["cuda"]["libraries"]["libcudnn.so.8"]
     assert library["version"] == "8.9.6.50"
     assert Path(library["path"]) == tmp_path / "nvidia/cudnn/lib/libcudnn.so.8"
 
 
 def test_facts_survive_data_that_cannot_be_listed(monkeypatch):
-    broken = types.ModuleType("scratchbn.datasets")
-    monkeypatch.setitem(sys.modules, "scratchbn.datasets", broken)
+    monkeypatch.setattr(doctor, "datasets", types.ModuleType("scratchbn.datasets"))
     pretend_probe(monkeypatch)
-    assert "has no attribute 'available'" in _runtime.doctor_facts()["data"]["error"]
+    assert "has no attribute 'available'" in doctor.doctor_facts()["data"]["error"]
