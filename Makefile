@@ -31,7 +31,7 @@ lint: $(READY)
 
 # The suite on the mxnet-cu112 wheel, in .venv-cu112 (several GB), with or without an NVIDIA driver.
 test-cu112: $(READY)
-	$(BIN)/python scripts/test_cu112.py $(ARGS)
+	$(BIN)/python scripts/suite_on_cu112.py $(ARGS)
 
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 9) <= sys.version_info < (3, 12))' || \

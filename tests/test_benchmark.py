@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import re
 import subprocess
 import sys
 
+import benchmark
 import matplotlib.image
 import mxnet as mx
 import numpy as np
+import psutil
 import pytest
+from bench import plan, stats
+from bench.entries import ABOUT, ENTRIES, WORKS, Entry, Textbook
+from bench.figure import STYLES
+from bench.groups import measure_group
+from bench.machine import available_memory, cache_sizes
+from bench.memory import measure_memory
+from bench.nets import LAYOUTS, NETS, single_layer
+from bench.report import Report, summarize
+from bench.rounds import Effort, take_samples
+from bench.runner import Data, build_runner
+from bench.torch_client import TorchError, TorchWorker
 from helpers import REPOSITORY, last_json
 from mxnet import autograd
 from mxnet.gluon import nn
-
-sys.path.insert(0, str(REPOSITORY / "scripts"))
-import _benchmark_report as reports
-import _benchmark_runs as runs
-import _benchmark_stats as stats
-import _benchmark_torch as pytorch
-import benchmark
 
 SCRIPT = REPOSITORY / "scripts" / "benchmark.py"
 FEW = ["control", "none", "textbook", "portable", "builtin-folded", "folded"]
@@ -86,24 +93,28 @@ def test_interval_in_words():
     assert stats.Interval(2, 1, 3).scaled(0.5) == (1, 0.5, 1.5)
 
 
+def floor_seconds(work, nbytes, bytes_per_second):
+    """How long memory alone needs for a norm layer on a tensor of `nbytes`."""
+    return stats.FLOOR_PASSES[work] * nbytes / bytes_per_second
+
+
 def test_floor():
     # 100 MB copied in 20 ms: 200 MB moved, 10 GB/s.
     assert stats.bandwidth(100_000_000, 0.02) == pytest.approx(1e10)
-    assert stats.floor_seconds("train", 100_000_000, 1e10) == pytest.approx(0.08)
-    assert stats.floor_seconds("inference", 100_000_000, 1e10) == pytest.approx(0.02)
+    assert floor_seconds("train", 100_000_000, 1e10) == pytest.approx(0.08)
+    assert floor_seconds("inference", 100_000_000, 1e10) == pytest.approx(0.02)
 
 
 @pytest.mark.parametrize("work", ["train", "inference"])
 def test_floor_multiple_agrees_with_the_floor(work):
     nbytes, copies, times = 1 << 20, [2e-4, 1e-4, 4e-4], [5e-3, 3e-3, 9e-3]
-    floor = stats.floor_seconds(work, nbytes, stats.bandwidth(nbytes, 2e-4))
+    floor = floor_seconds(work, nbytes, stats.bandwidth(nbytes, 2e-4))
     assert stats.floor_multiple(work, times, copies).value == pytest.approx(5e-3 / floor)
 
 
-@pytest.mark.parametrize("function", [stats.floor_seconds, stats.floor_multiple])
-def test_folded_work_has_no_floor(function):
+def test_folded_work_has_no_floor():
     with pytest.raises(ValueError, match="work must be one of train, inference, got 'folded'"):
-        function("folded", [1.0], [1.0])
+        stats.floor_multiple("folded", [1.0], [1.0])
 
 
 def test_cache_sizes(tmp_path):
@@ -111,17 +122,20 @@ def test_cache_sizes(tmp_path):
         (tmp_path / f"index{index}").mkdir()
         (tmp_path / f"index{index}" / "level").write_text(f"{level}\n")
         (tmp_path / f"index{index}" / "size").write_text(f"{size}\n")
-    assert stats.cache_sizes(tmp_path) == {2: 2**20, 3: 24 * 2**20}
+    assert cache_sizes(tmp_path) == {2: 2**20, 3: 24 * 2**20}
 
 
 def test_cache_sizes_where_nothing_tells_them(tmp_path):
-    assert stats.cache_sizes(tmp_path / "nowhere") == {2: 2**20, 3: 2**25}
+    assert cache_sizes(tmp_path / "nowhere") == {2: 2**20, 3: 2**25}
 
 
-def test_available_memory(tmp_path):
-    (tmp_path / "meminfo").write_text("MemTotal:  9 kB\nMemAvailable:    7 kB\n")
-    assert stats.available_memory(tmp_path / "meminfo") == 7 * 1024
-    assert stats.available_memory(tmp_path / "nowhere") is None
+def test_available_memory(tmp_path, monkeypatch):
+    others = ("MemTotal", "MemFree", "Buffers", "Cached", "Shmem", "Active", "Inactive")
+    sizes = {**dict.fromkeys(others, 9), "MemAvailable": 7}
+    text = "".join(f"{name}: {size} kB\n" for name, size in sizes.items())
+    (tmp_path / "meminfo").write_text(text)
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
+    assert available_memory() == 7 * 1024
 
 
 def test_sweep_goes_from_level_2_to_ten_times_level_3():
@@ -142,7 +156,7 @@ def test_every_sampler_runs_once_a_round_in_an_order_that_changes():
         return run
 
     samplers = {"slow": sampler("slow", 0.5), "fast": sampler("fast", 0.03)}
-    steps, samples = runs.take_samples(samplers, runs.Effort(1, 12, 0.1))
+    steps, samples = take_samples(samplers, Effort(1, 12, 0.1))
     assert steps == {"slow": 1, "fast": 4}  # as many as fill 0.1 s
     np.testing.assert_allclose(samples["slow"], [0.5] * 12)
     np.testing.assert_allclose(samples["fast"], [0.03] * 12)
@@ -154,31 +168,31 @@ def test_every_sampler_runs_once_a_round_in_an_order_that_changes():
 
 @pytest.mark.parametrize("once, rounds", [(0.1, 20), (100.0, 5), (1e-4, 200)])
 def test_rounds_fill_the_seconds_within_bounds(once, rounds):
-    effort = runs.Effort(seconds=2.0, rounds=None, sample_seconds=1e-4)
-    _, samples = runs.take_samples({"one": lambda steps: once * steps}, effort)
+    effort = Effort(seconds=2.0, rounds=None, sample_seconds=1e-4)
+    _, samples = take_samples({"one": lambda steps: once * steps}, effort)
     assert len(samples["one"]) == rounds
 
 
 def test_nothing_to_sample():
-    assert runs.take_samples({}, runs.Effort(1, None, 1)) == ({}, {})
+    assert take_samples({}, Effort(1, None, 1)) == ({}, {})
 
 
 # --- nets and entries ---------------------------------------------------------------------------
 
 
 def test_the_command_line_names_what_there_is():
-    assert tuple(runs.NETS) == benchmark.NETS
-    assert tuple(runs.LAYOUTS) == benchmark.LAYOUTS
-    assert tuple(runs.ENTRIES) == benchmark.ENTRIES
-    assert runs.WORKS == benchmark.WORKS
-    assert set(reports.ABOUT) == set(reports._STYLES)
+    text = benchmark.build_parser().format_help()
+    assert re.findall(r"^  ([a-z-]+)  +\S", text.partition("\nentries\n")[2], re.M) == [*ENTRIES]
+    for name in (*NETS, *LAYOUTS, *WORKS):
+        assert name in text
+    assert set(ABOUT) == set(STYLES)
 
 
 @pytest.mark.filterwarnings("ignore:Parameter .* is not used:UserWarning")
 @pytest.mark.parametrize("axis, shape", [(1, (6, 5)), (1, (4, 5, 3, 3)), (-1, (4, 3, 3, 5))])
 @pytest.mark.parametrize("training", [True, False])
 def test_textbook_computes_the_formula(axis, shape, training, rng):
-    layer = runs.Textbook(axis=axis)
+    layer = Textbook(axis=axis)
     layer.initialize()
     x = rng.normal(2, 3, shape)
     layer(mx.nd.array(x))
@@ -196,30 +210,30 @@ def test_textbook_computes_the_formula(axis, shape, training, rng):
     np.testing.assert_allclose(y.asnumpy(), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("layout", runs.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_single_layers_have_the_size_asked_for(layout):
-    net = runs.single_layer(layout, 3_000_000)
+    net = single_layer(layout, 3_000_000)
     assert net.nbytes == pytest.approx(3_000_000, rel=0.05)
     block = net.build(nn.BatchNorm)
     block.initialize()
     assert block(mx.nd.zeros((2, *net.shape[1:]))).shape == (2, *net.shape[1:])
-    channels = net.shape[runs.LAYOUTS[layout][1]]
+    channels = net.shape[LAYOUTS[layout][1]]
     assert block[0].gamma.shape == (channels,)
 
 
 def test_large_single_layers_leave_the_textbook_out():
     entries = ["builtin", "none", "textbook"]
-    assert runs.single_layer("layer_2d", 2**20).entries("train", entries) == ["builtin", "textbook"]
-    assert runs.single_layer("layer_2d", 2**25).entries("train", entries) == ["builtin"]
-    assert runs.NETS["mlp"].entries("folded", entries) == ["builtin", "none"]
+    assert single_layer("layer_2d", 2**20).entries("train", entries) == ["builtin", "textbook"]
+    assert single_layer("layer_2d", 2**25).entries("train", entries) == ["builtin"]
+    assert NETS["mlp"].entries("folded", entries) == ["builtin", "none"]
 
 
 @pytest.mark.parametrize("name", ["channels_last", "mlp", "layer_nhwc"])
 def test_entries_compute_the_same(name):
-    net = runs.NETS.get(name) or runs.single_layer(name, 2**16)
-    effort = runs.Effort(1, 1, 1e-6)
-    for work in ("train", "inference") if net.layer else runs.WORKS:
-        group = runs.measure_group(net, work, ["builtin", *FEW], effort)
+    net = NETS.get(name) or single_layer(name, 2**16)
+    effort = Effort(1, 1, 1e-6)
+    for work in ("train", "inference") if net.layer else WORKS:
+        group = measure_group(net, work, ["builtin", *FEW], effort)
         assert group.problems == {}
         compared = set(net.entries(work, FEW)) - {"none"}
         assert set(group.differences) == compared
@@ -232,9 +246,9 @@ def test_entries_compute_the_same(name):
 
 
 def test_a_step_trains_without_moving_the_parameters():
-    net = runs.NETS["mlp"]
-    data = runs.Data.of(net)
-    runner = runs.build_runner(net, "train", "builtin", data)
+    net = NETS["mlp"]
+    data = Data.of(net)
+    runner = build_runner(net, "train", "builtin", data)
     before = runner.output().asnumpy()
     runner.sample(3)
     np.testing.assert_array_equal(runner.output().asnumpy(), before)
@@ -244,14 +258,14 @@ def test_a_step_trains_without_moving_the_parameters():
 
 def test_an_entry_that_fails_is_reported_and_the_others_go_on():
     # nn.BatchNorm cannot be trained after a Conv1D.
-    group = runs.measure_group(
-        runs.NETS["conv1d"], "train", ["builtin", "none", "portable"], runs.Effort(1, 1, 1e-6)
+    group = measure_group(
+        NETS["conv1d"], "train", ["builtin", "none", "portable"], Effort(1, 1, 1e-6)
     )
     assert "MXNetError" in group.problems["builtin"]
     assert set(group.samples) == {"none", "portable"}
-    report = reports.Report("", {}, {}, [group])
+    report = Report("", {}, {}, [group])
     assert "| fails |" in report.to_markdown()
-    assert all(row.ratio is None for row in reports.summarize(group).values())
+    assert all(row.ratio is None for row in summarize(group).values())
 
 
 def test_a_wrong_entry_is_told(tmp_path, monkeypatch, capsys):
@@ -263,7 +277,7 @@ def test_a_wrong_entry_is_told(tmp_path, monkeypatch, capsys):
         def _alias(self):
             return "batchnorm"
 
-    monkeypatch.setitem(runs.ENTRIES, "textbook", runs.Entry(Wrong, "wrong"))
+    monkeypatch.setitem(ENTRIES, "textbook", Entry(Wrong, "wrong"))
     arguments = ["--quick", "--nets", "mlp", "--work", "inference", "--rounds", "1"]
     assert benchmark.main([*arguments, "--entries", "textbook", "--out", str(tmp_path)]) == 1
     assert "mlp, inference: textbook is" in capsys.readouterr().err
@@ -346,7 +360,7 @@ def test_memory_of_a_process():
 
 
 def test_memory_table():
-    report = reports.Report("", {}, {}, [], {"mlp": {"builtin": 2**21, "portable": 3 * 2**20}})
+    report = Report("", {}, {}, [], {"mlp": {"builtin": 2**21, "portable": 3 * 2**20}})
     assert "| net | builtin | portable |" in report.to_markdown()
     assert "| mlp | 2 MiB | 1.50 |" in report.to_markdown()
 
@@ -375,9 +389,9 @@ def test_profile_lists_the_operators():
         (["--nets", "lennet"], "argument --nets: invalid choice: 'lennet'"),
         (["--entries", "fast"], "argument --entries: invalid choice: 'fast'"),
         (["--work", "sleep"], "argument --work: invalid choice: 'sleep'"),
-        (["--rounds", "0"], "argument --rounds: must be an integer, at least 1; got '0'"),
-        (["--seconds", "-1"], "argument --seconds: must be a positive number, got '-1'"),
-        (["--seconds", "nan"], "argument --seconds: must be a positive number, got 'nan'"),
+        (["--rounds", "0"], "argument --rounds: must be at least 1, got '0'"),
+        (["--seconds", "-1"], "argument --seconds: must be positive and finite, got '-1'"),
+        (["--seconds", "nan"], "argument --seconds: must be positive and finite, got 'nan'"),
         (["--seconds", "1", "--rounds", "1"], "not allowed with argument"),
         (["--threads", "two"], "argument --threads: must be an integer"),
         (["--against", "jax"], "argument --against: invalid choice: 'jax'"),
@@ -416,7 +430,7 @@ def test_a_directory_that_cannot_be_one(tmp_path, capsys):
 
 
 def test_a_backend_that_is_missing(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(runs, "missing_backend", {"native": "it is not built"}.get)
+    monkeypatch.setattr(plan, "missing_backend", {"native": "it is not built"}.get)
     arguments = ["--quick", "--nets", "mlp", "--rounds", "1", "--work", "folded"]
     out = ["--out", str(tmp_path / "out")]
     assert benchmark.main([*arguments, "--entries", "native", *out]) == 2
@@ -427,13 +441,13 @@ def test_a_backend_that_is_missing(tmp_path, monkeypatch, capsys):
 
 
 def test_a_package_that_is_missing(monkeypatch, capsys):
-    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert benchmark.main(["--nets", "resnet18_v1", "--entries", "control"]) == 2
     assert "resnet18_v1 cannot run here: needs gluoncv" in capsys.readouterr().err
 
 
 def test_small_memory_leaves_large_layers_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(stats, "available_memory", lambda: 2**20)
+    monkeypatch.setattr(plan, "available_memory", lambda: 2**20)
     arguments = ["--quick", "--nets", "mlp", "layer_2d", "--rounds", "1", "--work", "inference"]
     assert benchmark.main([*arguments, "--entries", "control", "--out", str(tmp_path)]) == 0
     text = (tmp_path / "benchmark.md").read_text()
@@ -486,16 +500,23 @@ def stand_in(tmp_path):
 
 
 def test_the_worker_is_asked_for_samples(stand_in):
-    with pytorch.TorchWorker(stand_in) as worker:
+    with TorchWorker(stand_in) as worker:
         assert (worker.version, worker.threads) == ("9.9", 2)
         worker.build("mlp", "train", (2, 784), 671754)
         assert worker.sample(4) == 1.0
-        with pytest.raises(pytorch.TorchError, match="mlp trains 671754 numbers in PyTorch, 5 in"):
+        with pytest.raises(TorchError, match="mlp trains 671754 numbers in PyTorch, 5 in"):
             worker.build("mlp", "train", (2, 784), 5)
-        with pytest.raises(pytorch.TorchError, match="RuntimeError: no"):
+        with pytest.raises(TorchError, match="RuntimeError: no"):
             worker.build("lenet", "train", (2, 1, 28, 28), 5)
-        with pytest.raises(pytorch.TorchError, match="died"):
+        with pytest.raises(TorchError, match="died"):
             worker.build("other", "train", (2,), 5)
+
+
+def test_memory_of_the_worker_is_seen_from_outside(stand_in):
+    found, notes = measure_memory([NETS["mlp"], NETS["lenet"]], [], stand_in)
+    assert found.keys() == {"mlp"}
+    assert 0 <= found["mlp"]["torch"] < 2**25
+    assert notes == ["lenet, memory: torch: RuntimeError: no"]
 
 
 def test_torch_takes_part_in_the_rounds(stand_in, tmp_path):

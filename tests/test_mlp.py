@@ -114,6 +114,16 @@ def test_a_net_can_share_the_parameters_of_another(device):
     assert len(list(twin.collect_params())) == len(list(shared))
 
 
+def test_another_net_can_be_asked_for():
+    options = {"hidden": (5, 6), "activation": "relu", "use_bias": True}
+    layers = list(mlp(norm_kwargs={"epsilon": 1e-3}, **options))
+    kinds = [nn.Dense, ScratchBatchNorm, nn.Activation]
+    assert [type(layer) for layer in layers] == [*kinds * 2, nn.Dense]
+    assert [layers[i]._units for i in (0, 3, 6)] == [5, 6, 10]
+    assert all(layers[i].bias is not None for i in (0, 3, 6))
+    assert [layers[i]._act_type for i in (2, 5)] == ["relu", "relu"]
+
+
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [

@@ -6,16 +6,14 @@ import json
 import subprocess
 import sys
 
-import numpy as np
-import pytest
-from helpers import REPOSITORY
-from mxnet import autograd
-
-sys.path.insert(0, str(REPOSITORY / "scripts"))
 from scratchbn.datasets import load
 
 import mxnet as mx
+import numpy as np
 import paper_figure1
+import pytest
+from helpers import REPOSITORY
+from mxnet import autograd
 
 SHORT = ["--data", "sample", "--device", "cpu", "--steps", "300", "--seeds", "1", "2"]
 PATHS = [f"runs/{net}-{seed}.json" for net in ("with", "without") for seed in (1, 2)]

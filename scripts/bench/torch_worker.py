@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 torch: Any = import_module("torch")
@@ -166,13 +165,6 @@ def _build(name: str, work: str, shape: Sequence[int]) -> tuple[Callable[[], Any
     return step, count
 
 
-def _resident(kind: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(kind + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status does not tell {kind}")
-
-
 def _sample(step: Callable[[], Any], steps: int) -> float:
     start = time.perf_counter()
     for _ in range(steps):
@@ -191,15 +183,10 @@ def main() -> None:
             continue
         step = None  # one net at a time
         try:
-            before = _resident("VmRSS") if request["do"] == "memory" else 0
             step, count = _build(request["net"], request["work"], request["shape"])
             _sample(step, _WARM_UP)
-            if request["do"] == "memory":
-                _sample(step, _WARM_UP)
-                _answer(bytes=_resident("VmHWM") - before)
-            else:
-                _answer(parameters=count)
-        except (OSError, RuntimeError, ValueError) as error:
+            _answer(parameters=count)
+        except (RuntimeError, ValueError) as error:
             _answer(error=f"{type(error).__name__}: {error}")
 
 

@@ -1,4 +1,4 @@
-"""Nets for the benchmark that no zoo has, each with any norm layer.
+"""Nets that no zoo has, for other layouts and ranks, each with any norm layer.
 
 ``norm_layer`` is called like ``nn.BatchNorm``, with ``axis`` or without arguments.
 """
@@ -10,44 +10,9 @@ from typing import Any
 
 from mxnet.gluon import nn
 
-__all__ = ["channels_last", "conv1d", "mlp"]
+__all__ = ["channels_last", "conv1d"]
 
 NormLayer = Callable[..., Any]
-
-
-def mlp(
-    norm_layer: NormLayer, hidden: Sequence[int] = (512, 512), classes: int = 10
-) -> nn.HybridSequential:
-    """Build a multilayer perceptron with a norm layer before each activation.
-
-    Parameters
-    ----------
-    norm_layer : callable
-        Makes a norm layer.
-    hidden : sequence of int
-        Units of each hidden layer.
-    classes : int
-        Length of the output.
-
-    Returns
-    -------
-    HybridSequential
-        Takes data of shape (N, ...) and returns scores of shape (N, classes).
-
-    Examples
-    --------
-    >>> import mxnet as mx
-    >>> net = mlp(nn.BatchNorm, hidden=(8,))
-    >>> net.initialize()
-    >>> net(mx.nd.zeros((2, 784))).shape
-    (2, 10)
-    """
-    net = nn.HybridSequential()
-    with net.name_scope():
-        for units in hidden:
-            net.add(nn.Dense(units), norm_layer(), nn.Activation("relu"))
-        net.add(nn.Dense(classes))
-    return net
 
 
 def channels_last(

@@ -1,4 +1,4 @@
-"""The benchmark's side of ``_torch_worker.py``: starts it, asks it for samples."""
+"""The near side of ``torch_worker.py``: starts it, asks it for samples."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 # Threads of either side spin for a while after their work; the other side would pay for it.
 _REST = 0.05  # seconds
-_WORKER = Path(__file__).with_name("_torch_worker.py")
+_WORKER = Path(__file__).with_name("torch_worker.py")
 
 
 class TorchError(RuntimeError):
@@ -24,16 +23,7 @@ class TorchWorker:
     """A process with PyTorch that holds one net at a time.
 
     PyTorch and MXNet need not agree on a numpy or fit into one process, so it has its own.
-
-    Parameters
-    ----------
-    python : str
-        A Python interpreter that has torch.
-
-    Raises
-    ------
-    TorchError
-        If it has none.
+    `python` is an interpreter that has torch; if it has none, TorchError says so.
     """
 
     def __init__(self, python: str) -> None:
@@ -51,6 +41,7 @@ class TorchWorker:
         except OSError as error:
             self._said.close()
             raise TorchError(f"{python} cannot be started: {error.strerror}") from error
+        self.pid = self._process.pid
         hello = self._answer()
         self.version: str = hello["version"]
         self.threads: int = hello["threads"]
@@ -58,26 +49,17 @@ class TorchWorker:
     def __enter__(self) -> TorchWorker:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: Any) -> None:
         self._process.kill()
         self._process.communicate()
         self._said.close()
 
-    def build(self, net: str, work: str, shape: tuple[int, ...], parameters: int) -> None:
-        """Build a net and let it run a few times.
-
-        Raises
-        ------
-        TorchError
-            If it does not train as many `parameters`, or fails.
-        """
+    def build(
+        self, net: str, work: str, shape: tuple[int, ...], parameters: int | None = None
+    ) -> None:
+        """Build a net and let it run a few times; it must train as many `parameters`."""
         count = self._ask(do="build", net=net, work=work, shape=shape)["parameters"]
-        if count != parameters:
+        if parameters not in (None, count):
             raise TorchError(f"{net} trains {count} numbers in PyTorch, {parameters} in MXNet")
 
     def sample(self, steps: int) -> float:
@@ -86,10 +68,6 @@ class TorchWorker:
         seconds = float(self._ask(do="run", steps=steps)["seconds"])
         time.sleep(_REST)
         return seconds
-
-    def training_memory(self, net: str, shape: tuple[int, ...]) -> int:
-        """Return how many bytes the process grows by at most; of a worker that built nothing."""
-        return int(self._ask(do="memory", net=net, work="train", shape=shape)["bytes"])
 
     def _ask(self, **request: Any) -> dict[str, Any]:
         if self._process.stdin is not None:

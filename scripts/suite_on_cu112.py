@@ -6,7 +6,6 @@ stands in for it and the suite runs in CPU contexts. Arguments are handed to pyt
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import hashlib
 import os
@@ -15,6 +14,9 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from scratchbn._command import Parser
+from scratchbn._writing import staged, write_text
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 VENV = REPOSITORY / ".venv-cu112"
@@ -27,23 +29,7 @@ CUDA_CHECK = (
 
 
 def pins_without_mxnet(lock: str) -> str:
-    """Drop the CPU build of mxnet from the text of a lock file.
-
-    Parameters
-    ----------
-    lock : str
-        Text of ``requirements.lock``.
-
-    Returns
-    -------
-    str
-        The other lines.
-
-    Raises
-    ------
-    ValueError
-        If no line pins mxnet: the file is not what this script takes it for.
-    """
+    """Drop the CPU build of mxnet from the text of a lock file."""
     lines = lock.splitlines(keepends=True)
     others = [line for line in lines if not line.startswith("mxnet==")]
     if len(others) == len(lines):
@@ -52,13 +38,7 @@ def pins_without_mxnet(lock: str) -> str:
 
 
 def make_venv() -> None:
-    """Install the locked packages, with mxnet-cu112 for mxnet; nothing if that is done already.
-
-    Raises
-    ------
-    subprocess.CalledProcessError
-        If the virtual environment cannot be made or pip fails.
-    """
+    """Install the locked packages, with mxnet-cu112 for mxnet; nothing if that is done already."""
     pins = pins_without_mxnet((REPOSITORY / "requirements.lock").read_text())
     project = (REPOSITORY / "pyproject.toml").read_text()
     wanted = hashlib.sha256((pins + project).encode()).hexdigest()
@@ -72,9 +52,7 @@ def make_venv() -> None:
     install = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check"]
     packages = ["-r", str(requirements), "-e", f"{REPOSITORY}[cu112]"]
     subprocess.run([*install, *packages], check=True)
-    unfinished = ready.with_suffix(".part")
-    unfinished.write_text(wanted)
-    os.replace(unfinished, ready)
+    write_text(ready, wanted)
 
 
 def has_driver() -> bool:
@@ -87,49 +65,18 @@ def has_driver() -> bool:
 
 
 def compile_stub(compiler: str) -> Path:
-    """Compile the stand-in for the driver's library.
-
-    Parameters
-    ----------
-    compiler : str
-        The C compiler.
-
-    Returns
-    -------
-    pathlib.Path
-        The directory it lies in, for ``LD_LIBRARY_PATH``.
-
-    Raises
-    ------
-    subprocess.CalledProcessError
-        If the compiler fails.
-    """
+    """Compile the stand-in for the driver's library; return its folder, for LD_LIBRARY_PATH."""
     folder = VENV / "stub"
     folder.mkdir(exist_ok=True)
-    library = folder / DRIVER_LIBRARY
-    unfinished = folder / f"{DRIVER_LIBRARY}.part"
     options = ["-shared", "-fPIC", f"-Wl,-soname,{DRIVER_LIBRARY}"]
-    subprocess.run([compiler, *options, STUB_SOURCE, "-o", unfinished], check=True)
-    os.replace(unfinished, library)
+    with staged(folder / DRIVER_LIBRARY) as library:
+        subprocess.run([compiler, *options, STUB_SOURCE, "-o", library], check=True)
     return folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Install, compile the stub if need be, and run pytest.
-
-    Parameters
-    ----------
-    arguments : sequence of str, optional
-        For pytest, after ``-n 2``; those of the command line by default.
-
-    Returns
-    -------
-    int
-        pytest's exit status, or 1 if it could not be started.
-    """
-    parser = argparse.ArgumentParser(
-        description=__doc__, usage="%(prog)s [-h] [pytest's arguments ...]", allow_abbrev=False
-    )
+    """Install, compile the stub if need be, and return pytest's exit status, or 1 without it."""
+    parser = Parser(description=__doc__, usage="%(prog)s [-h] [pytest's arguments ...]")
     _, pytest_arguments = parser.parse_known_args(arguments)
     real_driver = has_driver()
     compiler = shutil.which("cc") or shutil.which("gcc")
