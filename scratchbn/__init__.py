@@ -13,10 +13,10 @@ from . import _runtime
 
 if TYPE_CHECKING:
     from ._backend import BackendError, get_backend, set_backend, use_backend
-    from ._convert_files import convert_files
     from ._recalibrate import recalibrate
     from ._runtime import DeviceError, resolve_device
     from .convert import freeze, to_builtin, to_scratch, unfreeze
+    from .deploy.convert_files import convert_files
     from .layer import ScratchBatchNorm, ScratchBatchNormReLU
 
 __version__ = "0.1.0"
@@ -42,7 +42,7 @@ _ROOMS = {
     "DeviceError": "_runtime",
     "ScratchBatchNorm": "layer",
     "ScratchBatchNormReLU": "layer",
-    "convert_files": "_convert_files",
+    "convert_files": "deploy.convert_files",
     "freeze": "convert",
     "get_backend": "_backend",
     "recalibrate": "_recalibrate",

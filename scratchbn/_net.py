@@ -7,13 +7,14 @@ the two places that know them.
 from __future__ import annotations
 
 import json
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from warnings import warn
 
 from mxnet.gluon import Block, HybridBlock, SymbolBlock
+from mxnet.gluon.block import _flatten, _regroup
 from mxnet.gluon.nn.basic_layers import _BatchNorm
 
 from .layer import ScratchBatchNorm
@@ -116,6 +117,28 @@ def eager(blocks: Iterable[Block]) -> Iterator[None]:
             block._active = True
 
 
+@contextmanager
+def without_hooks(blocks: Iterable[Any]) -> Iterator[None]:
+    """Take the forward hooks off blocks for a while."""
+    with ExitStack() as stack:
+        for block in blocks:
+            for name in ("_forward_hooks", "_forward_pre_hooks"):
+                stack.callback(setattr, block, name, getattr(block, name))
+                setattr(block, name, OrderedDict())
+        yield
+
+
+def flatten(arrays: Any) -> tuple[list[Any], Any]:
+    """Return what nested lists of arrays or symbols hold, None included, and their structure."""
+    flat, structure = _flatten(arrays, "input")
+    return flat, structure
+
+
+def regroup(flat: list[Any], structure: Any) -> Any:
+    """Put what :func:`flatten` returned back into nested lists."""
+    return _regroup(flat, structure)
+
+
 # --- norms inside the graph of a SymbolBlock ----------------------------------------------------
 
 
@@ -165,6 +188,11 @@ def warn_of_hidden(blocks: dict[Block, str], outcome: str) -> None:
 
 
 # --- values -------------------------------------------------------------------------------------
+
+
+def averaged(parameter: Any) -> Array:
+    """Return the value of a Parameter on the CPU, averaged over devices."""
+    return parameter._reduce()
 
 
 def copies_of(parameters: Iterable[Any]) -> Copies:
