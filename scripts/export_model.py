@@ -41,6 +41,7 @@ FORMS = ("training", "builtin", *(f"inference-{style}" for style in STYLES), "mo
 # Of the outputs, relative to the largest: float32 through a deep net.
 TOLERANCE = 1e-4
 
+_NAME = "export_model.py"
 _BUILT_IN = "net with nn.BatchNorm"
 _OURS = "net with ScratchBatchNorm"
 _TRAINING_BATCHES = 3
@@ -96,13 +97,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for needed in ("matplotlib.figure", "tqdm"):
             import_module(needed)
-    except ImportError as error:
-        return _fail(2, f"{error}: pip install 'scratchbn[cpu,demo]' has all this needs")
-    try:
         nets = build_nets(options.net, options.params, options.seed, image_shape(options))
         options.out.mkdir(parents=True, exist_ok=True)
-    except (ImportError, OSError, ValueError) as error:
-        return _fail(2, str(error))
+    except ImportError as error:
+        return fail(
+            _NAME, 2, f"{error}: pip install 'scratchbn[cpu,demo,gluoncv]' has all this needs"
+        )
+    except (OSError, ValueError) as error:
+        return fail(_NAME, 2, str(error))
     with staged_folder(options.out) as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Cannot decide type")  # of data; it is float32
         problems = write_forms(nets.ours, nets.x, folder)
@@ -116,12 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"written to {options.out}", flush=True)
     wrong = [row for row in rows if row.difference is not None and not row.difference <= TOLERANCE]
     if wrong:
-        return _fail(1, f"{wrong[0].name} differs by {wrong[0].difference:.1e} from the net")
+        return fail(_NAME, 1, f"{wrong[0].name} differs by {wrong[0].difference:.1e} from the net")
     return 0
-
-
-def _fail(status: int, message: str) -> int:
-    return fail("export_model.py", status, message)
 
 
 # --- nets --------------------------------------------------------------------------------------
@@ -290,11 +288,11 @@ def compare(nets: Nets, folder: Path, problems: dict[str, str], calls: int) -> l
     runs = {_BUILT_IN: _runner(nets.builtin, nets.x), _OURS: _runner(nets.ours, nets.x)}
     notes = dict(problems)
     for form in FORMS:
-        if form not in problems:
-            try:
+        try:
+            if form not in problems:
                 runs[form] = _load(folder, form, nets.x)
-            except ImportError as error:
-                notes[form] = str(error)
+        except ImportError as error:
+            notes[form] = str(error)
     outputs = {name: run() for name, run in runs.items()}
     medians = _medians(runs, calls)
     rows = []
