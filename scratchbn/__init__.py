@@ -23,7 +23,7 @@ _ROOMS = {
     "freeze": "freezing",
     "unfreeze": "freezing",
     "recalibrate": "recalibration",
-    "convert_files": "_convert_files",
+    "convert_files": "deploy.convert_files",
     "BackendError": "backends",
     "get_backend": "backends",
     "set_backend": "backends",

@@ -6,13 +6,13 @@ its own. Only this module and ``_graph.trace`` know them; MXNet is retired, so t
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from mxnet.gluon import Block, HybridBlock, SymbolBlock
-from mxnet.gluon.block import _flatten
+from mxnet.gluon.block import _flatten, _regroup
 from mxnet.gluon.nn.basic_layers import _BatchNorm
 from mxnet.symbol import Symbol
 
@@ -127,6 +127,28 @@ def eager(blocks: Iterable[Block]) -> Iterator[None]:
             block._active = True
 
 
+@contextmanager
+def without_hooks(blocks: Iterable[Any]) -> Iterator[None]:
+    """Take the forward hooks off blocks for a while."""
+    with ExitStack() as stack:
+        for block in blocks:
+            for name in ("_forward_hooks", "_forward_pre_hooks"):
+                stack.callback(setattr, block, name, getattr(block, name))
+                setattr(block, name, OrderedDict())
+        yield
+
+
+def flatten(arrays: Any) -> tuple[list[Any], Any]:
+    """Return what nested lists of arrays or symbols hold, None included, and their structure."""
+    flat, structure = _flatten(arrays, "input")
+    return flat, structure
+
+
+def regroup(flat: list[Any], structure: Any) -> Any:
+    """Put what :func:`flatten` returned back into nested lists."""
+    return _regroup(flat, structure)
+
+
 # --- the graph that runs a hybridized block -----------------------------------------------------
 
 
@@ -194,6 +216,11 @@ def can_have_gradient(parameter: Any) -> bool:
 def values_of(parameter: Any) -> list[Array]:
     """Return the arrays of a Parameter, one for each device; none before it has a value."""
     return parameter._data or []
+
+
+def averaged(parameter: Any) -> Array:
+    """Return the value of a Parameter on the CPU, averaged over devices."""
+    return parameter._reduce()
 
 
 def copies_of(parameters: Iterable[Any]) -> Copies:

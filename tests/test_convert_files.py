@@ -3,9 +3,9 @@
 import json
 
 from scratchbn import ScratchBatchNorm, ScratchBatchNormReLU, cli, convert_files
-from scratchbn._files import plain_name, write_model
 from scratchbn.backends.marker import KEY as MARKER
 from scratchbn.deploy import fold
+from scratchbn.deploy._files import plain_name, write_model
 
 import helpers
 import mxnet as mx
@@ -178,6 +178,16 @@ def test_a_layer_called_twice_updates_twice_in_order(rng, tmp_path):
     check_training_agrees(tmp_path / "ours", tmp_path / "back", shape, rng)
 
 
+def test_dropout_before_a_norm(rng, tmp_path):
+    norm = LAYERS["builtin"]
+    net = sequential(lambda: nn.Dropout(0.5), norm, lambda: nn.Dropout(0.5), norm)
+    before = export(net, tmp_path / "before", rng, (8, 5))
+    symbol, _, report = convert_files(*before, to="scratch")
+    assert len(report.converted) == 2
+    kept = [n for n in json.loads(symbol.tojson())["nodes"] if n["name"].startswith("net_dropout")]
+    assert [node["op"] for node in kept] == ["Dropout"] * 2
+
+
 class Weighted(HybridBlock):
     """A layer with a weight that works in float16 on a CPU."""
 
@@ -222,7 +232,9 @@ def test_names_of_the_symbol_api_are_kept(rng):
     assert described["fix_gamma"] is True
     assert described["epsilon"] == 0.001  # the operator's default
     # Folding reads the description; training writes the statistics.
-    assert "sgd_mom_update" not in operators(fold(ours, params, shapes={"data": (2, 3)})[0])
+    folded = fold(ours, params, shapes={"data": (2, 3)})[0]
+    assert "sgd_mom_update" not in operators(folded)
+    assert folded.list_outputs() == ["bn_fwd_output"]
     back = convert_files(ours, params, to="builtin")[0]
     assert operators(back) == ["BatchNorm"]
     assert back.list_inputs() == symbol.list_inputs()

@@ -394,7 +394,8 @@ class Normalized(ScratchBatchNorm):
 def test_a_variant_keeps_its_formula_and_loses_its_training_branch(rng, tmp_path):
     net = sequential(nn.Conv2D(5, 3), Normalized())
     y, x = prepared(net, rng, (2, 4, 6, 6))
-    _, ops = exported(net, tmp_path / "net", y, x)
+    report, ops = exported(net, tmp_path / "net", y, x)
+    assert [row.because for row in report.kept] == ["the graph has no description of the layer"]
     assert "tanh" in ops
     assert not {"sgd_mom_update", "Dropout", "where"} & set(ops)
 

@@ -108,9 +108,7 @@ def test_a_zoo_net(script, tmp_path, capsys):
 
 
 def test_a_form_that_is_wrong_fails(script, tmp_path, monkeypatch, capsys):
-    import scratchbn.deploy
-
-    export = scratchbn.deploy.export_inference
+    export = script.export_inference
 
     def export_wrong(net, prefix, *inputs, style):
         wrong = lenet(prefix="lenet_")
@@ -118,18 +116,16 @@ def test_a_form_that_is_wrong_fails(script, tmp_path, monkeypatch, capsys):
         wrong(*inputs)
         return export(wrong if style == "affine" else net, prefix, *inputs, style=style)
 
-    monkeypatch.setattr(scratchbn.deploy, "export_inference", export_wrong)
+    monkeypatch.setattr(script, "export_inference", export_wrong)
     assert script.main(["--out", str(tmp_path), "--calls", "1"]) == 1
     assert "inference-affine differs by" in capsys.readouterr().err
 
 
 def test_without_onnx_the_row_says_so(script, tmp_path, monkeypatch):
-    import scratchbn.deploy
-
     def no_onnx(*args, **options):
         raise ImportError("export_onnx needs onnx")
 
-    monkeypatch.setattr(scratchbn.deploy, "export_onnx", no_onnx)
+    monkeypatch.setattr(script, "export_onnx", no_onnx)
     assert script.main(["--out", str(tmp_path), "--calls", "1"]) == 0
     rows = json.loads((tmp_path / "report.json").read_text())["rows"]
     assert rows[-1]["note"] == "export_onnx needs onnx"
@@ -167,7 +163,7 @@ def test_bad_numbers(script, option, capsys):
     with pytest.raises(SystemExit) as stopped:
         script.main([option, "0"])
     assert stopped.value.code == 2
-    assert f"argument {option}: must be an integer" in capsys.readouterr().err
+    assert f"argument {option}: must be at least 1, got '0'" in capsys.readouterr().err
 
 
 def test_parameters_of_another_net_are_refused(script, tmp_path, capsys):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,12 +45,6 @@ def attributes(layer: Layer) -> dict[str, str]:
     """Return the attribute of a node that describes the layer; none if no description fits."""
     description = describe(layer)
     return {} if description is None else {KEY: json.dumps(description, sort_keys=True)}
-
-
-def read(node_attributes: Mapping[str, str]) -> dict[str, Any]:
-    """Return the description in a node's attributes."""
-    found: dict[str, Any] = json.loads(node_attributes[KEY])
-    return found
 
 
 def describe(layer: Layer) -> dict[str, Any] | None:

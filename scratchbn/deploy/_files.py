@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+from ast import literal_eval
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import mxnet as mx
 
-from ._text import first_line
-from ._writing import PathLike, write_files
+from .._text import first_line
+from .._writing import PathLike, write_files
 
 
 def load_symbol(symbol: Any) -> Any:
-    """Return a Symbol, read from a file if `symbol` is a path.
-
-    Raises
-    ------
-    TypeError
-        If `symbol` is neither.
-    ValueError
-        If the file is no symbol, or has an operator that this MXNet does not know.
-    OSError
-        If the file cannot be read.
-    """
+    """Return a Symbol, read from a file if `symbol` is a path."""
     if isinstance(symbol, mx.sym.Symbol):
         return symbol.as_nd_ndarray()
     if not isinstance(symbol, (str, os.PathLike)):
@@ -52,17 +43,7 @@ def load_symbol(symbol: Any) -> Any:
 
 
 def load_params(params: Any) -> dict[str, Any]:
-    """Return parameters by name, read from a file if `params` is a path.
-
-    Raises
-    ------
-    TypeError
-        If `params` is neither a path nor a mapping of str to NDArray.
-    ValueError
-        If the file has no named parameters.
-    OSError
-        If the file cannot be read.
-    """
+    """Return parameters by name, read from a file if `params` is a path."""
     if isinstance(params, Mapping):
         for name, value in params.items():
             if not isinstance(name, str) or not isinstance(value, mx.nd.NDArray):
@@ -86,21 +67,7 @@ def load_params(params: Any) -> dict[str, Any]:
 
 
 def write_model(prefix: PathLike, symbol: Any, values: Mapping[str, Any], epoch: int = 0) -> None:
-    """Write ``PREFIX-symbol.json`` and ``PREFIX-0000.params``, both or none.
-
-    Parameters
-    ----------
-    prefix : str or path
-    symbol : Symbol
-    values : mapping of str to NDArray
-        With or without ``arg:`` and ``aux:``.
-    epoch : int
-
-    Raises
-    ------
-    OSError
-        If one of them cannot be written; existing files are then as before.
-    """
+    """Write ``PREFIX-symbol.json`` and ``PREFIX-0000.params``, both or none."""
     named = named_for_file(symbol, values)
     write_files(
         {
@@ -124,3 +91,19 @@ def named_for_file(symbol: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     auxiliary = set(symbol.list_auxiliary_states())
     plain = {plain_name(name): value for name, value in values.items()}
     return {f"{'aux' if n in auxiliary else 'arg'}:{n}": plain[n] for n in sorted(plain)}
+
+
+def stated_shapes(symbol: Any, params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a symbol's inputs, of those whose shape the symbol itself states."""
+    attributes = symbol.attr_dict()
+    parameters = {plain_name(name) for name in params}
+    shapes = {}
+    for name in symbol.list_inputs():
+        text = attributes.get(name, {}).get("__shape__")
+        if text is None or name in parameters:
+            continue
+        try:
+            shapes[name] = tuple(int(length) for length in literal_eval(text))
+        except (ValueError, SyntaxError, TypeError) as error:
+            raise ValueError(f"attribute __shape__ of {name!r} is no shape: {text!r}") from error
+    return shapes
