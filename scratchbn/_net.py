@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from mxnet.gluon import Block, HybridBlock, SymbolBlock
+from mxnet.gluon import Block, HybridBlock, Parameter, SymbolBlock, nn
 from mxnet.gluon.block import _flatten, _regroup
 from mxnet.gluon.nn.basic_layers import _BatchNorm
 from mxnet.symbol import Symbol
@@ -92,6 +92,40 @@ def options_of(layer: Any) -> dict[str, Any]:
 def channel_axis(layer: Any) -> int:
     """Return the channel axis of a norm layer; SyncBatchNorm has no option for it."""
     return layer._kwargs.get("axis", 1)
+
+
+def has_builtin(*nets: Block) -> bool:
+    """Tell whether MXNet's own batch norm is a block of any of the nets."""
+    return any(isinstance(block, _BatchNorm) for net in nets for block in blocks_of(net))
+
+
+# --- options ----------------------------------------------------------------------------------
+
+
+def freezable(net: Block) -> list[dict[str, Any]]:
+    """Return the options of the layers that can be told to use their running statistics."""
+    options = [getattr(block, "_kwargs", None) for block in blocks_of(net)]
+    return [o for o in options if isinstance(o, dict) and "use_global_stats" in o]
+
+
+@contextmanager
+def frozen(net: Block) -> Iterator[None]:
+    """Let all norm layers use their running statistics; graphs traced before do not notice."""
+    before = [(options, options["use_global_stats"]) for options in freezable(net)]
+    try:
+        for options, _ in before:
+            options["use_global_stats"] = True
+        yield
+    finally:
+        for options, value in before:
+            options["use_global_stats"] = value
+
+
+def disable_dropout(net: Block) -> None:
+    """Set the rate of every Dropout layer to 0."""
+    for block in blocks_of(net):
+        if isinstance(block, nn.Dropout):
+            block._rate = 0.0
 
 
 # --- graphs -----------------------------------------------------------------------------------
@@ -221,6 +255,27 @@ def values_of(parameter: Any) -> list[Array]:
 def averaged(parameter: Any) -> Array:
     """Return the value of a Parameter on the CPU, averaged over devices."""
     return parameter._reduce()
+
+
+def parameters_of(net: Block) -> dict[str, Parameter]:
+    """Return the parameters of a net by structural name, such as ``0.gamma``."""
+    return dict(net._collect_params_with_prefix())
+
+
+def has_value(parameter: Parameter) -> bool:
+    """Tell whether a parameter is initialized."""
+    return parameter._data is not None
+
+
+def initialize_now(parameter: Parameter, init: Any, device: Any) -> None:
+    """Give a parameter new arrays, whatever it has and whatever was deferred."""
+    parameter._deferred_init = ()
+    parameter.initialize(init, ctx=device, force_reinit=True)
+
+
+def detach_trainer(parameter: Parameter) -> None:
+    """Make a parameter forget its trainer, whose key store ``set_data`` would reset."""
+    parameter._set_trainer(None)
 
 
 def copies_of(parameters: Iterable[Any]) -> Copies:

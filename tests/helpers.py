@@ -11,12 +11,12 @@ from pathlib import Path
 
 import scratchbn
 from scratchbn.environment.prepare import find_cuda_libraries
+from scratchbn.parity.oracle import OracleBatchNorm, Step
 
 import mxnet as mx
 import numpy as np
 from mxnet import autograd
 from mxnet.gluon import SymbolBlock, nn
-from oracle import OracleBatchNorm, Step
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODES = ("eager", "hybrid", "static_alloc", "static_shape", "nested", "exported")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import scratchbn
 from scratchbn import ScratchBatchNorm, ScratchBatchNormReLU
+from scratchbn.parity.oracle import OracleBatchNorm, as_channels, batch_moments, reduced_axes
 
 import hypothesis
 import hypothesis.strategies as st
@@ -40,7 +41,6 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from mxnet.gluon import SymbolBlock, nn
-from oracle import OracleBatchNorm, as_channels, batch_moments, reduced_axes
 from test_oracle import numeric_gradient
 
 LAYERS = (ScratchBatchNorm, ScratchBatchNormReLU)

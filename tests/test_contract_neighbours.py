@@ -9,13 +9,14 @@ import scratchbn
 from scratchbn.variants import BatchRenorm, GhostBatchNorm
 
 # isort: split
+from scratchbn.parity.oracle import OracleBatchNorm
+
 import mxnet as mx
 import numpy as np
 import pytest
 from helpers import array, random_values, set_values
 from mxnet import autograd
 from mxnet.gluon import nn
-from oracle import OracleBatchNorm
 
 SHAPES = {1: (4, 8, 6), 2: (4, 8, 6, 6), 3: (3, 8, 4, 4, 4)}
 CHANNELS = 8

@@ -3,6 +3,7 @@
 import warnings
 
 from scratchbn import ScratchBatchNorm, ScratchBatchNormReLU
+from scratchbn.parity.oracle import OracleBatchNorm
 
 import mxnet as mx
 import numpy as np
@@ -23,7 +24,6 @@ from helpers import (
 )
 from mxnet import autograd, gluon
 from mxnet.gluon import nn
-from oracle import OracleBatchNorm
 
 SHAPE = (6, 3, 4, 5)
 every_mode = pytest.mark.parametrize("mode", MODES)

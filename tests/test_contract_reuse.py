@@ -3,6 +3,7 @@
 import json
 
 from scratchbn import ScratchBatchNorm, ScratchBatchNormReLU
+from scratchbn.parity.oracle import OracleBatchNorm
 
 import mxnet as mx
 import numpy as np
@@ -21,7 +22,6 @@ from helpers import (
 )
 from mxnet import autograd, gluon
 from mxnet.gluon import HybridBlock, SymbolBlock, nn
-from oracle import OracleBatchNorm
 
 every_mode = pytest.mark.parametrize("mode", MODES)
 every_block_mode = pytest.mark.parametrize("mode", BLOCK_MODES)

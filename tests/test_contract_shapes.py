@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 from scratchbn import ScratchBatchNorm, ScratchBatchNormReLU
+from scratchbn.parity.oracle import OracleBatchNorm
 
 import hypothesis
 import hypothesis.strategies as st
@@ -25,7 +26,6 @@ from helpers import (
     train_forward,
 )
 from mxnet import autograd, gluon
-from oracle import OracleBatchNorm
 
 SHAPES = {2: (5, 3), 3: (4, 3, 2), 4: (3, 2, 4, 5), 5: (2, 3, 2, 4, 2), 6: (2, 3, 2, 1, 3, 2)}
 AXES = [(rank, axis) for rank in SHAPES for axis in range(-rank, rank)]

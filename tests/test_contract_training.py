@@ -3,6 +3,7 @@
 import itertools
 
 from scratchbn import ScratchBatchNorm, ScratchBatchNormReLU
+from scratchbn.parity.oracle import OracleBatchNorm
 
 import mxnet as mx
 import numpy as np
@@ -16,7 +17,6 @@ from helpers import (
     train_forward,
 )
 from mxnet import autograd
-from oracle import OracleBatchNorm
 
 SHAPE = (6, 3, 4, 5)
 every_mode = pytest.mark.parametrize("mode", MODES)

@@ -6,26 +6,24 @@
 import importlib.util
 
 from scratchbn import use_backend
+from scratchbn.defects import DEFECTS, MODES, Bench, Defect, case, survey
+from scratchbn.defects.measuring import batch, complaint, numpy_semantics, statistics
+from scratchbn.defects.updates import Loop
+from scratchbn.parity.oracle import OracleBatchNorm
 
-import defect_cases
 import mxnet as mx
 import numpy as np
 import pytest
-from defect_cases import DEFECTS, MODES, Bench, Loop, batch, complaint, statistics
 from helpers import REPOSITORY, run_python
 from mxnet import autograd
 from mxnet.gluon import SymbolBlock
-from oracle import OracleBatchNorm
 
 PAGE = REPOSITORY / "docs" / "builtin-defects.md"
 SCRIPT = REPOSITORY / "scripts" / "defects_table.py"
 every_case = pytest.mark.parametrize("key", DEFECTS)
 every_mode = pytest.mark.parametrize("mode", MODES)
-# The built-in leaves an input out of its graph where the first of two results is not used.
-unused_input = pytest.mark.filterwarnings("ignore:The 0-th input to HybridBlock is not used")
 
 
-@unused_input
 @every_mode
 @every_case
 def test_built_in_is_wrong(device, key, mode):
@@ -96,9 +94,34 @@ def test_a_page_without_its_markers_is_left_alone(tmp_path, text):
 
 
 def test_a_case_that_fails_by_itself_is_not_taken_for_a_crash():
-    case = defect_cases.Defect("no_such_case", "", (), True, lambda bench: None)
+    defect = Defect("no_such_case", "", (), True, lambda bench: None)
     with pytest.raises(RuntimeError, match="no_such_case"):
-        case.outcome("built-in", "eager", mx.cpu())
+        defect.outcome("built-in", "eager", mx.cpu())
+
+
+def test_a_measurement_without_a_result_is_not_as_expected(monkeypatch):
+    monkeypatch.setattr(case.sys, "executable", "/bin/false")
+    [finding] = survey([DEFECTS["too_many_channels"]])
+    assert len(finding.outcomes) == 4
+    for line, mode in zip(finding.surprises(), MODES):
+        assert line.startswith(f"too_many_channels, built-in, {mode}: no result: ")
+        assert "exit status 1" in line
+    assert len(finding.surprises()) == 2
+    assert finding.surprises(["ours"]) == []
+
+
+def test_a_process_that_hangs_is_the_defect(monkeypatch):
+    monkeypatch.setattr(case, "_TIMEOUT", 0.01)
+    outcome = DEFECTS["too_many_channels"].outcome("built-in", "eager", mx.cpu())
+    assert outcome.broken
+    assert "hangs" in outcome.text
+
+
+@every_case
+def test_a_cause_is_given(key):
+    cause = DEFECTS[key].cause
+    assert cause.endswith(".")
+    assert len(cause.splitlines()) == 1
 
 
 # What MXNet's max pooling gets wrong, whatever layer stands before it
@@ -165,7 +188,7 @@ def test_limit_empty_float32_batch_in_a_graph(portable, device):
         pytest.skip("an error of MXNet on a CPU")
     bench = Bench("ours", "graph", device)
     layer = bench.layer(3)
-    with defect_cases.numpy_semantics(array=False):
+    with numpy_semantics(array=False):
         net = bench.net(layer)
         error = complaint(lambda: bench.step(net, np.zeros((0, 3))))
     assert error == "MXNetError: Check failed: delay_alloc"

@@ -3,12 +3,13 @@
 from scratchbn import ScratchBatchNorm, functional
 
 # isort: split
+from scratchbn.parity.oracle import batch_moments
+
 import mxnet as mx
 import numpy as np
 import pytest
 from helpers import random_values, set_values
 from mxnet import autograd, nd
-from oracle import batch_moments
 
 SHAPES = [(6, 3), (4, 3, 5, 2)]
 ANY_SHAPE = [*SHAPES, (4, 3, 7), (2, 3, 2, 3, 2), (1, 3), (5, 3, 1, 1)]

@@ -1,5 +1,7 @@
 """The oracle itself: numeric gradients, identities, published numbers, MXNet where right."""
 
+from scratchbn.parity.oracle import OracleBatchNorm, as_channels, batch_moments, reduced_axes
+
 import mxnet as mx
 import numpy as np
 import pytest
@@ -7,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mxnet import autograd
 from mxnet.gluon import nn
-from oracle import OracleBatchNorm, as_channels, batch_moments, reduced_axes
 
 SHAPES = {2: (5, 3), 3: (4, 3, 2), 4: (3, 2, 2, 3), 5: (2, 3, 2, 1, 2), 6: (2, 2, 1, 3, 1, 2)}
 AXES = [(rank, axis) for rank in SHAPES for axis in range(-rank, rank)]

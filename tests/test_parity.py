@@ -1,10 +1,15 @@
+"""Parity: nets that agree, planted errors, what is left behind, the report, the grid, the page."""
+
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 
-from scratchbn import ScratchBatchNorm, cli, parity
+from scratchbn import ScratchBatchNorm, ScratchBatchNormReLU, cli, parity
+from scratchbn.defects import Finding, Outcome
 from scratchbn.parity import Case, Report, Row, compare, run_grid, standard_grid
+from scratchbn.parity.oracle_layer import OracleLayer, OracleReLU
 
 import helpers
 import mxnet as mx
@@ -205,6 +210,130 @@ def test_dropout_is_off(rng):
         return found
 
     assert compare(net(ScratchBatchNorm), net(nn.BatchNorm), rng.normal(size=(9, 5)))
+
+
+# --- the gradient that is followed ------------------------------------------------------------
+
+
+class Scaled(gluon.Block):
+    """Multiplies by gamma; keeps the output gradients it is handed, or replaces what follows."""
+
+    def __init__(self, by_hand=None):
+        super().__init__()
+        self.gamma = self.params.get("gamma", shape=(1,))
+        self.by_hand = by_hand
+        self.heads = []
+
+    def forward(self, x):
+        return _Scale(self)(x, self.gamma.data())
+
+
+class _Scale(autograd.Function):
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x, gamma):
+        self.save_for_backward(x, gamma)
+        return x * gamma
+
+    def backward(self, dy):
+        x, gamma = self.saved_tensors
+        self.block.heads.append(dy.asnumpy())
+        if self.block.by_hand:
+            return self.block.by_hand(x, gamma)
+        return dy * gamma, (dy * x).sum().reshape((1,))
+
+
+def half_square(y):
+    return (y**2).sum() / 2
+
+
+def test_the_gradient_of_a_loss_equals_a_hand_computation(x):
+    # loss = (gamma x)^2 / 2, so its derivatives are gamma^2 x and gamma x^2, whatever dy is.
+    derived = Scaled(lambda x, gamma: (gamma**2 * x, (gamma * x**2).sum().reshape((1,))))
+    report = compare(Scaled(), derived, x, modes=("eager",), loss=half_square)
+    assert report, str(report)
+    assert report.settings["loss"] == "half_square"
+    assert {row.phase for row in report.rows} == {"train", "inference"}
+    random = compare(Scaled(), derived, x, modes=("eager",))
+    assert kinds(random) >= {"input gradient", "parameter gradient"}
+    assert "loss" not in random.settings
+    other = compare(Scaled(), derived, x, modes=("eager",), loss=lambda y: 2 * half_square(y))
+    assert kinds(other) >= {"input gradient", "parameter gradient"}
+
+
+def test_a_loss_takes_the_place_of_random_output_gradients(x, rng):
+    weights = rng.normal(size=SHAPE)
+    settings = {"modes": ("eager",), "steps": 2}
+    one, two = Scaled(), Scaled()
+    assert compare(
+        one, two, x, loss=lambda y: y * mx.nd.array(weights, dtype="float64"), **settings
+    )
+    assert len(one.heads) == 3
+    for heads in one.heads + two.heads:
+        np.testing.assert_array_equal(heads, weights)
+    one, two = Scaled(), Scaled()
+    assert compare(one, two, x, **settings)
+    first, second, inference = one.heads
+    assert not np.array_equal(first, second)
+    np.testing.assert_array_equal(first, inference)  # each of its first batch
+    np.testing.assert_array_equal(two.heads, one.heads)
+
+
+def test_random_output_gradients_as_a_loss_change_nothing(x):
+    heads = np.random.default_rng((0, 0, 1)).normal(size=SHAPE)
+    settings = {"steps": 1, "statistics_rtol": 0, "statistics_atol": 0, "modes": ("eager",)}
+    pair = [ScratchBatchNorm(), Detached()]
+    as_loss = compare(*pair, x, loss=lambda y: y * mx.nd.array(heads, dtype="float64"), **settings)
+    assert as_loss.rows == compare(*pair, x, **settings).rows
+
+
+@pytest.mark.parametrize("reference", [nn.BatchNorm, lambda: OracleLayer(in_channels=5)])
+def test_a_loss_with_labels(rng, reference):
+    data, labels = rng.normal(1, 2, (12, 5)), mx.nd.array(rng.integers(0, 5, 12))
+    cross_entropy = gluon.loss.SoftmaxCrossEntropyLoss()
+    modes = ("eager", "hybrid") if reference is nn.BatchNorm else ("eager",)
+
+    def loss(outputs):
+        return cross_entropy(outputs, labels)
+
+    report = compare(ScratchBatchNorm(), reference(), data, loss=loss, modes=modes)
+    assert report, str(report)
+    assert kinds(compare(ScratchBatchNorm(), Detached(), data, loss=loss, steps=1)) == {
+        "input gradient"
+    }
+
+
+def test_a_loss_of_several_outputs_gets_them_in_a_list(rng):
+    class Two(gluon.HybridBlock):
+        def hybrid_forward(self, F, x):
+            return x, (2 * x, 3 * x)
+
+    seen = []
+
+    def loss(outputs):
+        seen.append([type(outputs), len(outputs)])
+        return outputs[0] * outputs[2]
+
+    report = compare(Two(), Two(), rng.normal(size=(4, 3)), loss=loss, modes=("eager",))
+    assert report
+    assert seen
+    assert all(call == [list, 3] for call in seen)
+
+
+def test_a_grid_takes_a_loss():
+    report = run_grid(
+        ScratchBatchNorm, OracleLayer, [Case((4, 3))], modes=("eager",), loss=half_square
+    )
+    assert report, str(report)
+    assert report.settings["loss"] == "half_square"
+    assert Report.from_json(report.to_json()).settings == report.to_dict()["settings"]
+
+
+def test_a_loss_must_return_an_array(x):
+    with pytest.raises(TypeError, match=r"loss must return an NDArray, got 1\.0"):
+        compare(ScratchBatchNorm(), ScratchBatchNorm(), x, loss=lambda y: 1.0)
 
 
 # --- planted errors ---------------------------------------------------------------------------
@@ -420,6 +549,7 @@ def test_it_may_be_called_while_recording(x):
         ({"rtol": -1}, ValueError, "rtol must be finite and not negative, got -1"),
         ({"statistics_atol": "1"}, TypeError, "statistics_atol must be a number, got '1'"),
         ({"learning_rate": np.nan}, ValueError, "learning_rate must be finite"),
+        ({"loss": "mse"}, TypeError, "loss must be callable, got 'mse'"),
         ({"modes": ()}, ValueError, "modes must be a sequence of eager, hybrid, static"),
         ({"modes": "eager"}, ValueError, "modes must be a sequence of eager, hybrid, static"),
         ({"modes": ("fast",)}, ValueError, "modes must be a sequence of eager, hybrid, static"),
@@ -462,6 +592,37 @@ def test_json_round_trip(failed, tmp_path):
     assert [row.where for row in again.rows] == [row.where for row in failed.rows]
 
 
+def plain(value):
+    """Whether a value is made of JSON's types only."""
+    if isinstance(value, dict):
+        return all(type(name) is str and plain(item) for name, item in value.items())
+    if isinstance(value, list):
+        return all(map(plain, value))
+    return type(value) in (str, int, float, bool, type(None))
+
+
+def test_a_dict_of_plain_types(failed):
+    found = failed.to_dict()
+    assert set(found) == {"ok", "settings", "notes", "rows"}
+    assert found["ok"] is False
+    assert plain(found)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert [row["ok"] for row in found["rows"]] == [row.ok for row in failed.rows]
+    assert "nan" in {row["absolute"] for row in found["rows"]}
+    document = json.loads(failed.to_json())
+    assert document.pop("held") is found.pop("ok")
+    assert document == found
+
+
+def test_numbers_of_numpy_in_the_settings():
+    row = Row("output", "y", "eager", "train", 1, 0.0, 0.0, 1.0, index=(1, 2))
+    settings = {"steps": np.int64(3), "rtol": np.float64("inf"), "modes": ("eager",)}
+    found = Report((row,), settings).to_dict()
+    assert found["ok"] is True
+    assert found["settings"] == {"steps": 3, "rtol": "inf", "modes": ["eager"]}
+    assert plain(found)
+
+
 @pytest.mark.parametrize("text", ["", "{}", '{"rows": [{}], "settings": {}, "notes": []}', "[1]"])
 def test_other_json_is_refused(text):
     with pytest.raises(ValueError, match="text must be JSON from Report"):
@@ -479,6 +640,12 @@ def test_html_is_complete_in_itself(failed, tmp_path):
     assert text.count("<table>") == text.count("</table>") == 2
 
 
+def test_html_without_jinja2(failed, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ImportError, match=r"pip install 'scratchbn\[report\]'"):
+        failed.to_html()
+
+
 def test_a_failed_write_leaves_the_old_file(failed, tmp_path, monkeypatch):
     path = tmp_path / "report.json"
     path.write_text("old")
@@ -486,7 +653,7 @@ def test_a_failed_write_leaves_the_old_file(failed, tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(parity.os, "replace", refuse)
+    monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(OSError, match="disk full"):
         failed.to_json(path)
     assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
@@ -559,7 +726,6 @@ def test_the_command_writes_and_reports(monkeypatch, capsys, tmp_path):
 
 def test_the_command_selects_dtypes_and_fails(monkeypatch, capsys):
     monkeypatch.setattr(parity, "standard_grid", few)
-    monkeypatch.setattr(parity, "ScratchBatchNorm", Blind)
     monkeypatch.setattr(parity.run_grid, "__defaults__", (Blind, nn.BatchNorm, None))
     assert cli.main(["parity", "--dtype", "float64"]) == 1
     out = capsys.readouterr().out
@@ -581,17 +747,7 @@ def test_the_command_prints_a_rich_table_on_a_terminal(monkeypatch, capsys):
     assert "held: all" in capsys.readouterr().out
 
 
-# --- the script -------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def script():
-    path = Path(__file__).resolve().parent.parent / "scripts" / "parity_report.py"
-    spec = importlib.util.spec_from_file_location("parity_report", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+# --- the oracle as a layer --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -606,20 +762,41 @@ def script():
         {"use_global_stats": True},
     ],
 )
-def test_the_layer_holds_against_the_oracle(script, options):
+def test_the_layer_holds_against_the_oracle(options):
     case = Case((4, 5, 3, 6), options)
-    report = run_grid(ScratchBatchNorm, script.OracleLayer, [case], rtol=1e-12, atol=1e-12)
+    report = run_grid(ScratchBatchNorm, OracleLayer, [case], rtol=1e-12, atol=1e-12)
     assert report, str(report)
 
 
-def test_the_oracle_finds_the_faults(script, x):
+def test_the_layer_with_relu_holds_against_the_oracle():
+    case = Case((4, 5, 3, 6))
+    report = run_grid(ScratchBatchNormReLU, OracleReLU, [case], rtol=1e-12, atol=1e-12)
+    assert report, str(report)
+    assert not run_grid(ScratchBatchNorm, OracleReLU, [case])
+
+
+def test_the_oracle_finds_the_faults(x):
     for wrong in (Blind, Detached, Stuck):
-        assert not compare(wrong(), script.OracleLayer(in_channels=4), x)
+        assert not compare(wrong(), OracleLayer(in_channels=4), x)
+
+
+# --- the script -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def script():
+    path = Path(__file__).resolve().parent.parent / "scripts" / "parity_report.py"
+    spec = importlib.util.spec_from_file_location("parity_report", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_the_script_writes_its_page(script, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script, "standard_grid", few)
-    monkeypatch.setattr(script, "DEVIATIONS", script.DEVIATIONS[:1])
+    known = {"center_false": script.DEFECTS["center_false"]}
+    monkeypatch.setattr(script, "DEFECTS", known)
     monkeypatch.setattr(script, "nets", lambda full: [script.Net("LeNet", lenet, (2, 1, 28, 28))])
     path = tmp_path / "page" / "report.html"
     assert script.main(["--out", str(path)]) == 0
@@ -627,13 +804,15 @@ def test_the_script_writes_its_page(script, tmp_path, monkeypatch, capsys):
     page = path.read_text()
     assert "Everything held" in page
     assert page.count("data:image/png;base64,") == 2
-    assert "center=False still adds beta" in page
+    assert "<code>center=False</code> still adds beta" in page
+    assert page.count("beta of 5 adds") == 2
+    assert known["center_false"].cause in page
     assert "http" not in page
 
 
 def test_the_script_fails_with_ours(script, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script, "standard_grid", few)
-    monkeypatch.setattr(script, "DEVIATIONS", ())
+    monkeypatch.setattr(script, "DEFECTS", {})
     monkeypatch.setattr(script, "ScratchBatchNorm", Blind)
     path = tmp_path / "report.html"
     assert script.main(["--no-nets", "--out", str(path)]) == 1
@@ -641,8 +820,21 @@ def test_the_script_fails_with_ours(script, tmp_path, monkeypatch, capsys):
     assert "out of tolerance" in path.read_text()
 
 
-def test_a_known_deviation_that_ends_the_process_is_reported(script, monkeypatch):
-    monkeypatch.setattr(script.sys, "executable", "/bin/false")
-    outcome = script.try_deviation(0)
-    assert outcome.ours is None
-    assert "status 1" in outcome.crash
+def test_the_script_fails_with_a_defect_of_ours(script, tmp_path, monkeypatch, capsys):
+    wrong, right = Outcome(False, True, "off by <5>"), Outcome(True, False, "exact")
+
+    def found(defects):
+        for defect in defects:
+            outcomes = {(norm, "eager"): wrong for norm in ("built-in", "ours")}
+            outcomes.update({(norm, "graph"): right for norm in ("built-in", "ours")})
+            yield Finding(defect, outcomes)
+
+    monkeypatch.setattr(script, "standard_grid", few)
+    monkeypatch.setattr(script, "DEFECTS", {"scale_false": script.DEFECTS["scale_false"]})
+    monkeypatch.setattr(script, "survey", found)
+    path = tmp_path / "report.html"
+    assert script.main(["--no-nets", "--out", str(path)]) == 1
+    out = capsys.readouterr().out
+    assert "scale_false, ours, eager: off by <5>" in out
+    assert "built-in, graph" not in out  # what counts is ours
+    assert path.read_text().count("off by &lt;5&gt;") == 3  # among the failures, and in two cells

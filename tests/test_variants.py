@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from scratchbn import ScratchBatchNorm, to_builtin
 from scratchbn.deploy import export_inference, fold
+from scratchbn.parity.oracle import Step, batch_moments
 from scratchbn.variants import BatchRenorm, GhostBatchNorm
 
 import mxnet as mx
@@ -30,7 +31,6 @@ from helpers import (
 )
 from mxnet import autograd, gluon
 from mxnet.gluon import SymbolBlock, nn
-from oracle import Step, batch_moments
 
 UNLIMITED = 1e30
 EXACT = {"rtol": 1e-10, "atol": 1e-10}

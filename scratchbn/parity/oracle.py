@@ -1,19 +1,30 @@
 """Batch normalization in float64 NumPy: the reference every test compares with.
 
 The formulas follow Ioffe and Szegedy (2015), algorithms 1 and 2; the gradients are derived by hand.
-Nothing here imports the package under test or MXNet.
+Nothing here imports MXNet or another part of the package.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+__all__ = ["OracleBatchNorm", "Step", "as_channels", "batch_moments", "reduced_axes"]
 
 
 @dataclass(frozen=True)
 class Step:
-    """Output and gradients of one call: `y`, `dx` as the data, the others `(channels,)`."""
+    """Output and gradients of one call.
+
+    Attributes
+    ----------
+    y, dx : numpy.ndarray
+        Output and gradient of the data, of the data's shape.
+    dgamma, dbeta : numpy.ndarray, shape (channels,)
+        Zero where `scale` or `center` is False.
+    """
 
     y: np.ndarray
     dx: np.ndarray
@@ -22,19 +33,59 @@ class Step:
 
 
 def reduced_axes(rank: int, axis: int) -> tuple[int, ...]:
-    """Every axis of a rank-`rank` array except the channel axis."""
+    """Return every axis but the channel axis.
+
+    Parameters
+    ----------
+    rank, axis : int
+        `axis` may be negative.
+
+    Returns
+    -------
+    tuple of int
+        Ascending, none negative.
+
+    Examples
+    --------
+    >>> reduced_axes(4, 1)
+    (0, 2, 3)
+    """
     return tuple(i for i in range(rank) if i != axis % rank)
 
 
 def as_channels(vector: np.ndarray, rank: int, axis: int) -> np.ndarray:
-    """View a `(channels,)` vector so that it broadcasts along `axis` of a rank-`rank` array."""
+    """Reshape a vector so that it broadcasts along the channel axis.
+
+    Parameters
+    ----------
+    vector : numpy.ndarray, shape (channels,)
+    rank, axis : int
+        Of the array to broadcast with.
+
+    Returns
+    -------
+    numpy.ndarray
+        A view, with one element along every other axis.
+    """
     shape = [1] * rank
     shape[axis % rank] = -1
     return np.reshape(vector, shape)
 
 
 def batch_moments(x: np.ndarray, axis: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and biased variance of every channel, NaN where a channel holds no value."""
+    """Return the mean and the biased variance of every channel.
+
+    Parameters
+    ----------
+    x : numpy.ndarray
+    axis : int
+        The channel axis.
+
+    Returns
+    -------
+    mean, variance : numpy.ndarray, shape (channels,)
+        In float64; NaN if `x` is empty.
+    """
     x = np.asarray(x, np.float64)
     axes = reduced_axes(x.ndim, axis)
     channels = x.shape[axis]
@@ -48,11 +99,30 @@ def batch_moments(x: np.ndarray, axis: int = 1) -> tuple[np.ndarray, np.ndarray]
 
 @dataclass
 class OracleBatchNorm:
-    """A stateful float64 batch normalization with the options of the layer under test.
+    """A float64 batch normalization with the options and the state of the layer.
 
     `running = momentum * running + (1 - momentum) * batch`; `momentum=None` keeps the average of
     all batches, each with the same weight. A batch with any statistic that is not finite leaves the
     running statistics of every channel alone, and does not count.
+
+    Attributes
+    ----------
+    gamma, beta, running_mean, running_var : numpy.ndarray, shape (channels,)
+        Copied on construction.
+    axis, momentum, epsilon, center, scale, use_global_stats, unbiased_variance
+        As of ScratchBatchNorm.
+    relu : bool
+        Whether ``max(y, 0)`` follows.
+    batches : int
+        How many have been averaged.
+
+    Examples
+    --------
+    >>> oracle = OracleBatchNorm.fresh(1, momentum=0.5)
+    >>> oracle.train(np.array([[1.0], [3.0]])).round(3).tolist()
+    [[-1.0], [1.0]]
+    >>> oracle.running_mean.tolist(), oracle.running_var.tolist()
+    ([1.0], [1.0])
     """
 
     gamma: np.ndarray
@@ -74,13 +144,34 @@ class OracleBatchNorm:
             setattr(self, name, np.array(getattr(self, name), np.float64))
 
     @classmethod
-    def fresh(cls, channels: int, **options) -> OracleBatchNorm:
-        """A layer as constructed: gamma 1, beta 0, running mean 0, running variance 1."""
+    def fresh(cls, channels: int, **options: Any) -> OracleBatchNorm:
+        """Return a layer as constructed: gamma 1, beta 0, running mean 0, running variance 1.
+
+        Parameters
+        ----------
+        channels : int
+        **options
+            Attributes.
+
+        Returns
+        -------
+        OracleBatchNorm
+        """
         ones, zeros = np.ones(channels), np.zeros(channels)
         return cls(gamma=ones, beta=zeros, running_mean=zeros, running_var=ones, **options)
 
     def train_step(self, x: np.ndarray, dy: np.ndarray) -> Step:
-        """One training call and its backward for head gradient `dy`; moves the statistics."""
+        """Take a training call and its backward; the running statistics move.
+
+        Parameters
+        ----------
+        x, dy : numpy.ndarray
+            The data, and the gradient of the output.
+
+        Returns
+        -------
+        Step
+        """
         if self.use_global_stats:
             return self.infer_step(x, dy)
         x = np.asarray(x, np.float64)
@@ -89,16 +180,44 @@ class OracleBatchNorm:
         return self._step(x, np.asarray(dy, np.float64), mean, var, through_statistics=True)
 
     def infer_step(self, x: np.ndarray, dy: np.ndarray) -> Step:
-        """One inference call and its backward: the running statistics are constants and stay."""
+        """Take an inference call and its backward; the running statistics are constants and stay.
+
+        Parameters
+        ----------
+        x, dy : numpy.ndarray
+            The data, and the gradient of the output.
+
+        Returns
+        -------
+        Step
+        """
         x, dy = np.asarray(x, np.float64), np.asarray(dy, np.float64)
         return self._step(x, dy, self.running_mean, self.running_var, through_statistics=False)
 
     def train(self, x: np.ndarray) -> np.ndarray:
-        """The output of one training call; moves the running statistics."""
+        """Return the output of a training call; the running statistics move.
+
+        Parameters
+        ----------
+        x : numpy.ndarray
+
+        Returns
+        -------
+        numpy.ndarray
+        """
         return self.train_step(x, np.zeros(np.shape(x))).y
 
     def infer(self, x: np.ndarray) -> np.ndarray:
-        """The output of one inference call."""
+        """Return the output of an inference call.
+
+        Parameters
+        ----------
+        x : numpy.ndarray
+
+        Returns
+        -------
+        numpy.ndarray
+        """
         return self.infer_step(x, np.zeros(np.shape(x))).y
 
     def _update(self, mean: np.ndarray, var: np.ndarray, count: int) -> None:
