@@ -32,7 +32,7 @@ def as_row(finding: Finding) -> list[str]:
         defect.symptom,
         ", ".join(f"[#{thread}]({THREADS}{thread})" for thread in defect.threads) or "-",
         *("<br>".join(finding.texts(norm)) for norm in LAYERS),
-        f"`pytest tests/test_defects.py -k {defect.key}`",
+        f"`pytest tests/parity/test_defects.py -k {defect.key}`",
     ]
 
 

@@ -192,6 +192,20 @@ def infer(subject, x):
     return subject(subject.array(x)).asnumpy()
 
 
+def numeric_gradient(loss, array, step=1e-6):
+    """The gradient of `loss()` by central differences, element by element of `array`."""
+    gradient = np.empty_like(array)
+    for index in np.ndindex(array.shape):
+        kept = array[index]
+        array[index] = kept + step
+        above = loss()
+        array[index] = kept - step
+        below = loss()
+        array[index] = kept
+        gradient[index] = (above - below) / (2 * step)
+    return gradient
+
+
 def run_python(
     source: str, *args: str, env: dict | None = None, timeout: float = 120
 ) -> subprocess.CompletedProcess:

@@ -20,7 +20,7 @@ COMMANDS = {
     "fold": "fold the batch normalizations of an exported model into the layers before them",
     "convert": "exchange ScratchBatchNorm and MXNet's BatchNorm in an exported model",
 }
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 FACTS = {
     "scratchbn": "0.1.0",

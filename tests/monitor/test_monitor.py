@@ -547,6 +547,7 @@ def test_json_lines(observed, tmp_path):
 
 _KILLED = """
 import os, signal, sys
+sys.path.insert(0, "tests/monitor")
 import test_monitor as t
 import mxnet as mx
 layer, net = t.one_layer(t.ScratchBatchNorm, mx.cpu(), "hybrid")

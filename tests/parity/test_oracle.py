@@ -5,6 +5,7 @@ from scratchbn.parity.oracle import OracleBatchNorm, as_channels, batch_moments,
 import mxnet as mx
 import numpy as np
 import pytest
+from helpers import numeric_gradient
 from hypothesis import given
 from hypothesis import strategies as st
 from mxnet import autograd
@@ -24,19 +25,6 @@ def random_oracle(rng, channels, **options):
         running_var=rng.uniform(0.5, 2, channels),
         **options,
     )
-
-
-def numeric_gradient(loss, array, step=1e-6):
-    gradient = np.empty_like(array)
-    for index in np.ndindex(array.shape):
-        kept = array[index]
-        array[index] = kept + step
-        above = loss()
-        array[index] = kept - step
-        below = loss()
-        array[index] = kept
-        gradient[index] = (above - below) / (2 * step)
-    return gradient
 
 
 @pytest.mark.parametrize("relu", [False, True])

@@ -16,7 +16,7 @@ import pytest
 from mxnet import autograd
 
 compiles = pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler")
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

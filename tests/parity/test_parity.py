@@ -785,7 +785,7 @@ def test_the_oracle_finds_the_faults(x):
 
 @pytest.fixture(scope="module")
 def script():
-    path = Path(__file__).resolve().parent.parent / "scripts" / "parity_report.py"
+    path = Path(__file__).resolve().parents[2] / "scripts" / "parity_report.py"
     spec = importlib.util.spec_from_file_location("parity_report", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module

@@ -27,6 +27,7 @@ from helpers import (
     build_subject,
     in_mode,
     infer,
+    numeric_gradient,
     random_values,
     set_values,
     take_step,
@@ -41,7 +42,6 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from mxnet.gluon import SymbolBlock, nn
-from test_oracle import numeric_gradient
 
 LAYERS = (ScratchBatchNorm, ScratchBatchNormReLU)
 RESULT = {"float64": 1e-12, "float32": 2e-6, "float16": 2e-6}
