@@ -279,8 +279,4 @@ def all_finite(F: Any, *statistics: Array) -> Array:
     >>> all_finite(nd, nd.array([1.0, 2.0]), nd.array([3.0, float("inf")])).asscalar()
     0.0
     """
-    finite = [v - v == 0 for v in statistics]  # inf - inf and nan - nan are nan
-    together = finite[0]
-    for more in finite[1:]:
-        together = together * more
-    return F.min(together, axis=0, keepdims=True)
+    return F.BlockGrad(F.multi_all_finite(*statistics, num_arrays=len(statistics)))

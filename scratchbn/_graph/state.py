@@ -29,30 +29,37 @@ def read(variable: Array) -> Array:
 def write(F: Any, variable: Array, value: Array, where: Array) -> Array:
     """Write `value` into `variable` where `where` is 1, now or each time the graph runs.
 
-    All of one shape and dtype; no gradient passes. Returns a symbol of that shape: a graph writes
-    only if it contains it. There, a variable that is not finite becomes NaN where it is written.
+    All of one shape, `value` and `variable` of one dtype; no gradient passes. Returns a symbol of
+    that shape: a graph writes only if it contains it. There, a variable that is not finite becomes
+    NaN where it is written.
 
     An operator that writes to one of its inputs makes that input an auxiliary state of the graph,
     which is what ``export`` and ``SymbolBlock.imports`` expect of running statistics. The one
-    there is can add and not overwrite::
+    there is subtracts twice, and that can overwrite exactly, or change no bit::
 
-        variable + (-old)     exactly 0
-                 + new        exactly new
-                 + (-0)       changes no bit: what is added wherever nothing is to be written
+        variable - old - (-new)    is  0 + new
+        variable -  0  -   0       is  variable
     """
     old = read(variable)
     if not is_symbol(variable):
         with autograd.pause():
             variable[:] = F.where(where, value, old)
         return variable
-    latest = trace.current().writes.get(trace.key_of(variable))
-    previous = value if latest is None else latest.done
-    nothing = F.zeros_like(value) * -1
-    cleared = _add(F, variable, F.where(where, -old, nothing), previous)
-    done = _add(F, variable, F.where(where, value, nothing), cleared)
+    nothing = F.zeros_like(value)
+    before = written(variable)
+    first = F.where(where, old, nothing)
+    done = mx.sym.load_json(_SUBTRACT_TWICE)(
+        first=first if before is None else alike(F, first, before),
+        second=F.where(where, -value, nothing),
+        variable=variable,
+        name=NameManager._current.value.get(None, "assign"),
+    )
+    attributes = AttrScope._current.value.get(None)
+    if attributes:
+        done._set_attr(**attributes)
     # MXNET_BACKWARD_DO_MIRROR runs parts of the forward again for the backward, but never concat
     # nor what lies before it: a second write would count the batch twice.
-    done = F.concat(done, dim=0)
+    done = F.concat(F.BlockGrad(done), dim=0)
     remember(variable, F.where(where, value, old), done)
     return done
 
@@ -82,19 +89,22 @@ def alike(F: Any, vector: Array, other: Array) -> Array:
 
 # The operator's Python wrapper refuses to compose it, hence a graph of one node as template:
 #
-#     weight (-1)   step     variable
-#          \         |         /            variable <- 1 * variable - lr * wd * weight - lr * step
-#           sgd_mom_update                            = variable + step
+#     first      second    variable
+#        \          |         /        momentum * variable - lr * wd * first - lr * second
+#           sgd_mom_update             = variable - first - second
 #
-# with lr = -1, momentum = 1 and wd = 0; with a weight of -1 no zero changes its sign.
-_ADD = json.dumps(
+# with lr, wd and momentum at exactly 1: the operator's own numbers are float32.
+_SUBTRACT_TWICE = json.dumps(
     {
         "nodes": [
-            *({"op": "null", "name": name, "inputs": []} for name in ("weight", "step", "to")),
+            *(
+                {"op": "null", "name": name, "inputs": []}
+                for name in ("first", "second", "variable")
+            ),
             {
                 "op": "sgd_mom_update",
-                "name": "add",
-                "attrs": {"lr": "-1", "momentum": "1", "wd": "0"},
+                "name": "subtract_twice",
+                "attrs": {"lr": "1", "momentum": "1", "wd": "1"},
                 "inputs": [[0, 0, 0], [1, 0, 0], [2, 0, 0]],
             },
         ],
@@ -103,17 +113,3 @@ _ADD = json.dumps(
         "attrs": json.loads(mx.sym.var("any").tojson())["attrs"],  # the version of MXNet
     }
 )
-
-
-def _add(F: Any, variable: Array, step: Array, previous: Array) -> Array:
-    """Add to a variable, once `previous` exists; return a symbol that exists once it is done."""
-    done = mx.sym.load_json(_ADD)(
-        weight=F.ones_like(previous) * -1,
-        step=step,
-        to=variable,
-        name=NameManager._current.value.get(None, "assign"),
-    )
-    attributes = AttrScope._current.value.get(None)
-    if attributes:
-        done._set_attr(**attributes)
-    return F.BlockGrad(done)

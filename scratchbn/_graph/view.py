@@ -68,13 +68,10 @@ class ChannelView:
         at_least_rank_2 = self.x.reshape(shape=(0, 0, -2))  # else an error when shapes are known
         self._samples = _channels_second(F, at_least_rank_2, axis)
         self.values = self._samples.flatten()
-        along_rows = F.contrib.arange_like(self.values, axis=0)
-        along_features = F.contrib.arange_like(self.values, axis=1)
-        by_channel = self._by_channel(along_features)
-        along_channel = F.contrib.arange_like(by_channel, axis=1)
-        self._any_C = F.contrib.arange_like(by_channel, axis=0)
-        self._ones_L = F.ones_like(along_rows).reshape((1, -1))
-        self._ones_S = F.ones_like(along_channel).reshape((1, -1))
+        by_channel = self._by_channel(_ones_along(F, self.values, 1))
+        self._any_C = _ones_along(F, by_channel, 0)
+        self._ones_L = _ones_along(F, self.values, 0).reshape((1, -1))
+        self._ones_S = _ones_along(F, by_channel, 1).reshape((1, -1))
         self.m = F.sum(self._ones_L, axis=1) * F.sum(self._ones_S, axis=1)
 
     def _by_channel(self, row: Array) -> Array:
@@ -112,6 +109,11 @@ class ChannelView:
         # Not NDArray.reshape, which shares memory: max pooling behind such a view computes its
         # gradient from a workspace that it never wrote (docs/builtin-defects.md).
         return self._F.reshape(matrix, shape=self.x.shape)
+
+
+def _ones_along(F: Any, matrix: Array, axis: int) -> Array:
+    """Return ones, as many as a symbol's axis is long, in its dtype."""
+    return F.contrib.arange_like(matrix, axis=axis, start=1.0, step=0.0)
 
 
 def _channels_second(F: Any, x: Array, axis: int) -> Array:
