@@ -14,6 +14,8 @@ import mxnet as mx
 import numpy as np
 from mxnet.gluon import nn
 
+from ._builder import check_options
+
 __all__ = ["HIDDEN_LAYERS", "HIDDEN_UNITS", "binarize", "initialize", "mlp"]
 
 HIDDEN_LAYERS = 3
@@ -104,15 +106,7 @@ def mlp(
     >>> net(mx.nd.zeros((2, 784))).shape
     (2, 10)
     """
-    if norm_layer is not None and not callable(norm_layer):
-        raise TypeError(f"norm_layer must be a layer class or None, got {norm_layer!r}")
-    if norm_layer is None and norm_kwargs:
-        raise TypeError(f"norm_kwargs={dict(norm_kwargs)!r} needs a norm_layer, got None")
-    if isinstance(classes, bool) or not isinstance(classes, int):
-        raise TypeError(f"classes must be an integer, got {classes!r}")
-    if classes < 1:
-        raise ValueError(f"classes must be at least 1, got {classes!r}")
-
+    check_options(norm_layer, norm_kwargs, classes)
     net = nn.HybridSequential(prefix=prefix, params=params)
     with net.name_scope():
         for _ in range(HIDDEN_LAYERS):

@@ -267,7 +267,11 @@ class Report:
         str
             Numbers that JSON cannot hold are the strings ``"nan"`` and ``"inf"``.
         """
-        document = {
+        return _write(json.dumps(self.to_dict(), indent=1, allow_nan=False), path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as values that JSON can hold."""
+        return {
             "held": bool(self),
             "settings": self.settings,
             "notes": self.notes,
@@ -276,7 +280,6 @@ class Report:
                 for row in self.rows
             ],
         }
-        return _write(json.dumps(document, indent=1, allow_nan=False), path)
 
     @classmethod
     def from_json(cls, text: str) -> Report:
@@ -402,6 +405,7 @@ def compare(
     modes: Sequence[str] = ("eager", "hybrid"),
     learning_rate: float = 1e-2,
     seed: int = 0,
+    loss: Callable[[Any], Array] | None = None,
 ) -> Report:
     """Give two nets the same parameters, data and output gradients, and compare what they compute.
 
@@ -444,6 +448,9 @@ def compare(
         Of the gradient descent between training steps.
     seed : int
         For the output gradients and for parameters without values.
+    loss : callable, optional
+        Takes the output of a net, or the list of its outputs; the gradients are those of the sum
+        of what it returns, in place of random output gradients.
 
     Returns
     -------
@@ -522,7 +529,7 @@ def compare(
         for mode in modes:
             start = values
             for phase in phases:
-                run = _Run(mode, phase, steps, batches, context, learning_rate, seed)
+                run = _Run(mode, phase, steps, batches, context, learning_rate, seed, loss)
                 # One after the other: the nets may share their parameters.
                 one, two = run(a, start), run(b, start)
                 rows += _rows(one, two, mode, phase, tolerance, of_statistics)
@@ -730,6 +737,7 @@ class _Run:
     context: Any
     learning_rate: float
     seed: int
+    loss: Callable[[Any], Array] | None = None
 
     def __call__(self, net: Block, values: Values) -> _Trace:
         parameters = _parameters(net)
@@ -772,11 +780,18 @@ class _Run:
             if p.grad_req == "add":
                 p.grad(self.context)[:] = 0
         with autograd.record(train_mode=training):
-            outputs = _flat(net(*inputs))
-        heads = [y for y in outputs if np.dtype(y.dtype).kind == "f"]
-        rng = np.random.default_rng((self.seed, step, _HEADS))
-        gradients = [rng.normal(size=y.shape).astype(y.dtype) for y in heads]
-        autograd.backward(heads, [_array(g, self.context) for g in gradients], train_mode=training)
+            result = net(*inputs)
+            losses = None if self.loss is None else [self.loss(result)]
+        outputs = _flat(result)
+        if losses is not None:
+            autograd.backward(losses, train_mode=training)
+        else:
+            heads = [y for y in outputs if np.dtype(y.dtype).kind == "f"]
+            rng = np.random.default_rng((self.seed, step, _HEADS))
+            gradients = [
+                _array(rng.normal(size=y.shape).astype(y.dtype), self.context) for y in heads
+            ]
+            autograd.backward(heads, gradients, train_mode=training)
         mx.nd.waitall()
         trained = {name: p for name, p in parameters.items() if name in trace.trained}
         trace.steps.append(
