@@ -1,6 +1,8 @@
-"""Train LeNet with scratchbn's batch normalization beside MXNet's own, and compare the two.
+"""Train LeNet on MNIST with scratchbn's batch norm, beside the same net with nn.BatchNorm.
 
-The run of the tutorial "Batch Normalization from scratch" is the default.
+Both nets start from the same parameters and see the same batches. Before training, one step of
+both layers in float64 is compared on the CPU: outputs, gradients and running statistics. The run
+of the tutorial "Batch Normalization from scratch" is the default.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import os
 import shlex
 import sys
 import warnings
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -27,9 +30,10 @@ try:
     from scratchbn import DeviceError, ScratchBatchNorm
     from scratchbn._text import rich_table, table
     from scratchbn._writing import staged_folder
-    from scratchbn.datasets import DatasetError, load
+    from scratchbn.datasets import Dataset, DatasetError, load
     from scratchbn.monitor import Monitor
     from scratchbn.parity import Report, compare
+    from scratchbn.train import Run, Session, Workers
     from scratchbn.train.cluster import LAUNCHER
     from scratchbn.train.plot import plot
 
@@ -42,9 +46,8 @@ try:
 
     from models.lenet import INITIALIZATIONS, initialize, lenet
 except (ImportError, OSError) as error:
-    advice = "pip install 'scratchbn[cpu,demo]' has all this needs"
-    doctor = "python -m scratchbn doctor says what is there"
-    sys.exit(fail(NAME, 2, f"{error}: {advice} ({doctor})"))
+    advice = "has all this needs (python -m scratchbn doctor says what is there)"
+    sys.exit(fail(NAME, 2, f"{error}: pip install 'scratchbn[cpu,demo]' {advice}"))
 
 NORMS: dict[str, Any] = {"scratch": ScratchBatchNorm, "builtin": nn.BatchNorm, "none": None}
 EXPORT_TOLERANCE = 1e-4
@@ -54,15 +57,10 @@ cross_entropy = gluon.loss.SoftmaxCrossEntropyLoss()
 
 # --- options -----------------------------------------------------------------------------------
 
-DESCRIPTION = """\
-Train LeNet on MNIST with scratchbn's batch normalization, beside the same net with nn.BatchNorm.
-
-Both nets start from the same parameters and see the same batches. Before training, one step of
-both layers in float64 is compared on the CPU: outputs, gradients and running statistics."""
-
 EPILOG = """\
 The loss shown is the moving average (.99 of the old value, .01 of the new) of the mean loss of each
 training batch. Seconds are those of the training steps, without the evaluation.
+
 Ctrl-C saves a checkpoint and prints the command that continues; a second Ctrl-C does not wait.
 
 Exit status: 0 if the comparison in float64 and the exported symbol hold; 1 if not, or if the loss
@@ -73,13 +71,12 @@ Ctrl-C."""
 # fmt: off
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = Parser(prog=NAME, description=DESCRIPTION, epilog=EPILOG,
+    parser = Parser(prog=NAME, description=__doc__, epilog=EPILOG,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--norm", choices=NORMS, default="scratch", help="norm layer (default: scratch)")
     add("--compare", action=argparse.BooleanOptionalAction,
-        help="with --norm scratch, train the twin with nn.BatchNorm too and compare one step in "
-        "float64 (default: on)")
+        help="with --norm scratch, train the twin too and compare a step in float64 (default: on)")
     add("--init", choices=INITIALIZATIONS, default="tutorial",
         help="tutorial: weights, biases and beta N(0, 0.01), gamma N(1, 0.01); xavier: "
         "Xavier(magnitude=2.24) (default: tutorial)")
@@ -87,13 +84,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="mnist, sample, fashion, a directory with the four IDX files, or auto, full MNIST "
         "where it can be had, else the embedded sample (default: auto)")
     add("--epochs", type=integer(1), default=1, help="passes over the training set (default: 1)")
-    add("--batch-size", type=integer(1), default=64,
-        help="images per step, over all devices and workers (default: 64)")
+    add("--batch-size", type=integer(1), default=64, help="images per step, in all (default: 64)")
     add("--lr", type=positive, default=0.001,
         help="learning rate of plain SGD on the summed loss of a batch; the default, 0.001, equals "
         "0.064 on the mean loss of 64 images")
-    add("--seed", type=integer(0, 2**31 - 1), default=1,
-        help="for the initial parameters and the order of the images (default: 1)")
+    add("--seed", type=integer(0, 2**31 - 1), default=1, help="for weights and order (default: 1)")
     add("--limit", type=integer(1), metavar="N", help="use the first N training and test images")
     add("--no-hybridize", dest="hybridize", action="store_false", help="train in eager mode")
     add("--debug", action="store_true",
@@ -134,7 +129,7 @@ def batches_of(data: Data, size: int, device: Any) -> Iterator[Any]:
         yield [mx.nd.array(values[i : i + size], device) for values in data]
 
 
-def build(norm: str, options: argparse.Namespace, devices: list[Any]) -> Any:
+def build(norm: str, options: Namespace, devices: list[Any]) -> Any:
     """Build a LeNet whose parameters have values, the same ones whatever the norm layer."""
     mx.random.seed(options.seed)
     net = lenet(NORMS[norm], prefix="lenet_")
@@ -148,10 +143,7 @@ def build(norm: str, options: argparse.Namespace, devices: list[Any]) -> Any:
 
 
 def cross_check(pixels: np.ndarray, labels: np.ndarray, seed: int) -> Report:
-    """Compare a training step of both layers in float64.
-
-    On the CPU, where the built-in keeps the biased variance as ours does; with cuDNN it does not.
-    """
+    """Compare a training step of both layers in float64, on the CPU (cuDNN's variance differs)."""
     with mx.cpu():
         y = mx.nd.array(labels)
         nets = lenet(NORMS["scratch"]), lenet(NORMS["builtin"])
@@ -179,10 +171,10 @@ def look_inside(net: Any, pixels: Any, labels: Any) -> None:
     print(table(header, rows) if rows else "no norm layers")
 
 
-def watch(run: training.Run, options: argparse.Namespace, say: Callable[[str], None]) -> Any:
+def watch(run: Run, options: Namespace, say: Callable[[str], None]) -> Any:
     """Return a monitor of a net in training, if one is asked for."""
-    wanted = options.debug or options.monitor is not None
-    if not wanted or run.name == "none" or run.workers.rank != 0:
+    wanted = (options.debug or options.monitor) and run.name != "none"
+    if not wanted or run.workers.rank != 0:
         return nullcontext()
     file, taken = options.monitor, len(run.losses)
     if file is not None and taken:  # resumed: beside the file of the steps before
@@ -202,24 +194,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     except training.ClusterError as error:
         return fail(NAME, 2, str(error))
     try:
-        return workers.leave(train(options, sys.argv[1:] if argv is None else argv, workers))
+        return workers.leave(attempt(options, sys.argv[1:] if argv is None else argv, workers))
     except BaseException:
         training.end_on_error(workers)
 
 
-def train(options: argparse.Namespace, arguments: Sequence[str], workers: training.Workers) -> int:
-    """Train, measure, write the files; return the exit status."""
-    say = partial(print, flush=True) if workers.rank == 0 else lambda line: None
+def attempt(options: Namespace, arguments: Sequence[str], workers: Workers) -> int:
+    """Train; return the exit status, and report in one line what the user can do about."""
     try:
-        devices = training.resolve_devices(options.device)
-        dataset = load(options.data)
+        devices, dataset = training.resolve_devices(options.device), load(options.data)
         training.make_directory(options.out)
     except (DatasetError, DeviceError, OSError, ValueError) as error:
         return fail(NAME, 2, str(error))
+    try:
+        return train(options, devices, dataset, workers)
+    except training.Interrupted as interruption:
+        if interruption.path is None:
+            return fail(NAME, 130, str(interruption))
+        if workers.rank == 0:
+            resume = [] if options.resume else ["--resume"]
+            command = shlex.join([sys.executable, os.path.abspath(__file__), *arguments, *resume])
+            launcher = os.environ.get(LAUNCHER, "")
+            print(f"{interruption}\nto go on: {launcher}{command}", flush=True)
+        return 130
+    except FloatingPointError as error:
+        return fail(NAME, 1, f"{error}: try a lower --lr")
+    except (training.CheckpointError, OSError) as error:
+        return fail(NAME, 2, str(error))
+
+
+def train(options: Namespace, devices: list[Any], dataset: Dataset, workers: Workers) -> int:
+    """Train, measure, write the files; return the exit status."""
+    say = partial(print, flush=True) if workers.rank == 0 else lambda line: None
     images = prepare(dataset.train_images, dataset.train_labels, options.limit)
     test = prepare(dataset.test_images, dataset.test_labels, options.limit)
     counts = {"train": len(images[1]), "test": len(test[1])}
-    data = {"name": dataset.name, "source": dataset.source, **counts}
     device, device_names = devices[0], ", ".join(map(str, devices))
     say(f"data    {dataset.name}: {counts['train']:,} training and {counts['test']:,} test images")
     say(f"device  {device_names}" + (f"\nworkers {workers.size}" if workers.size > 1 else ""))
@@ -230,15 +239,15 @@ def train(options: argparse.Namespace, arguments: Sequence[str], workers: traini
 
     sgd = {"learning_rate": options.lr}
     runs = [
-        training.Run(norm, build(norm, options, devices), cross_entropy, "sgd", sgd, workers)
+        Run(norm, build(norm, options, devices), cross_entropy, "sgd", sgd, workers)
         for norm in ([options.norm, "builtin"] if twin else [options.norm])
     ]
     orders = [
-        np.random.default_rng((options.seed, epoch)).permutation(len(images[1]))
+        np.random.default_rng((options.seed, epoch)).permutation(counts["train"])
         for epoch in range(options.epochs)
     ]
     decisive = ("norm", "compare", "init", "batch_size", "lr", "seed", "recalibrate")
-    session = training.Session(
+    session = Session(
         runs,
         orders,
         options.batch_size,
@@ -257,13 +266,11 @@ def train(options: argparse.Namespace, arguments: Sequence[str], workers: traini
         progress=not options.debug,  # which shows a table
     )
 
-    def evaluated(run: training.Run) -> Any:
-        """Return the net to measure and to save."""
+    def evaluated(run: Run) -> Any:
         seen = batches_of(images, options.batch_size, device) if options.recalibrate else None
         return run.evaluated(partial(build, run.name, options, [device]), seen)
 
     def accuracy(net: Any, data: Data) -> float:
-        """Return the fraction of images to whose label the net gives its highest score."""
         correct = 0.0
         batches = batches_of(data, EVALUATION_BATCH, device)
         for x, y in tqdm(batches, "accuracy", leave=False, disable=options.debug or None):
@@ -271,61 +278,50 @@ def train(options: argparse.Namespace, arguments: Sequence[str], workers: traini
             session.interruption_point()
         return float(correct / len(data[1]))
 
-    try:
-        with session:
-            check = None
-            if workers.rank == 0:
-                pixels, labels = (values[orders[0][: options.batch_size]] for values in images)
-                if options.debug:
-                    net = build(options.norm, options, [device])
-                    look_inside(net, mx.nd.array(pixels, device), mx.nd.array(labels, device))
-                if twin:
-                    check = cross_check(pixels, labels, options.seed)
-                    verdict = "holds" if check else "FAILED, see the end"
-                    say(f"cross-check with nn.BatchNorm, one step in float64: {verdict}")
+    with session:
+        check = None
+        if workers.rank == 0:
+            pixels, labels = (values[orders[0][: options.batch_size]] for values in images)
+            if options.debug:
+                net = build(options.norm, options, [device])
+                look_inside(net, mx.nd.array(pixels, device), mx.nd.array(labels, device))
+            if twin:
+                check = cross_check(pixels, labels, options.seed)
+                verdict = "holds" if check else "FAILED, see the end"
+                say(f"cross-check with nn.BatchNorm, one step in float64: {verdict}")
 
-            with watch(runs[0], options, say) as monitor:
-                for run, epoch, batches in session.epochs():
-                    for batch in batches:
-                        run.step(images[0][batch], images[1][batch])
-                        if monitor is not None and run is runs[0]:
-                            monitor.step()
+        with watch(runs[0], options, say) as monitor:
+            for run, epoch, batches in session.epochs():
+                for batch in batches:
+                    run.step(images[0][batch], images[1][batch])
+                    if monitor is not None and run is runs[0]:
+                        monitor.step()
 
-                    net, accuracies = evaluated(run), [0.0, 0.0]
-                    if workers.rank == 0:  # and tells the others
-                        accuracies = [accuracy(net, images), accuracy(net, test)]
-                    train_acc, test_acc = workers.gather("accuracy", accuracies)[0].tolist()
-                    end = run.end_epoch(train_acc=train_acc, test_acc=test_acc)
-                    say(
-                        f"epoch {epoch}  {run.name:<7}  loss {end['loss']:.4f}  train accuracy "
-                        f"{train_acc:.4f}  test accuracy {test_acc:.4f}  {end['seconds']:.1f} s"
-                    )
+                net, measured = evaluated(run), [0.0, 0.0]
+                if workers.rank == 0:  # and tells the others
+                    measured = [accuracy(net, images), accuracy(net, test)]
+                train_acc, test_acc = workers.gather("accuracy", measured)[0].tolist()
+                end = run.end_epoch(train_acc=train_acc, test_acc=test_acc)
+                say(
+                    f"epoch {epoch}  {run.name:<7}  loss {end['loss']:.4f}  train accuracy "
+                    f"{train_acc:.4f}  test accuracy {test_acc:.4f}  {end['seconds']:.1f} s"
+                )
 
-            net = evaluated(runs[0])
-            if workers.rank != 0:
-                return 0
-            metrics = {"data": data, "device": device_names, "workers": workers.size}
-            metrics["options"] = vars(options)
-            sample = mx.nd.array(test[0][:EVALUATION_BATCH], device)
-            return write_results(metrics, runs, net, sample, check)
-    except training.Interrupted as interruption:
-        if interruption.path is None:
-            return fail(NAME, 130, str(interruption))
-        resume = [] if options.resume else ["--resume"]
-        command = [sys.executable, str(Path(__file__).resolve()), *arguments, *resume]
-        say(f"{interruption}\nto go on: {os.environ.get(LAUNCHER, '')}{shlex.join(command)}")
-        return 130
-    except FloatingPointError as error:
-        return fail(NAME, 1, f"{error}: try a lower --lr")
-    except (training.CheckpointError, OSError) as error:
-        return fail(NAME, 2, str(error))
+        net = evaluated(runs[0])
+        if workers.rank != 0:
+            return 0
+        metrics: dict[str, Any] = {"data": {"name": dataset.name, "source": dataset.source}}
+        metrics["data"].update(counts)
+        metrics.update(device=device_names, workers=workers.size, options=vars(options))
+        sample = mx.nd.array(test[0][:EVALUATION_BATCH], device)
+        return write_results(metrics, runs, net, sample, check)
 
 
 # --- results -----------------------------------------------------------------------------------
 
 
 def write_results(
-    metrics: dict[str, Any], runs: list[training.Run], net: Any, sample: Any, check: Report | None
+    metrics: dict[str, Any], runs: list[Run], net: Any, sample: Any, check: Report | None
 ) -> int:
     """Write all files at once, print a table and what failed; return the exit status."""
     out = metrics["options"]["out"]
@@ -346,8 +342,8 @@ def write_results(
         print(check)
         status = fail(NAME, 1, f"the cross-check {check.verdict}")
     if not exported <= EXPORT_TOLERANCE:
-        text = f"the exported symbol's scores differ from the net's by {exported:.1e}"
-        status = fail(NAME, 1, text)
+        difference = f"differ from the net's by {exported:.1e}"
+        status = fail(NAME, 1, f"the exported symbol's scores {difference}")
     return status
 
 
@@ -381,7 +377,7 @@ def finite_or_none(value: float) -> float | None:
     return value if np.isfinite(value) else None
 
 
-def print_table(runs: list[training.Run], check: Report | None, exported: float) -> None:
+def print_table(runs: list[Run], check: Report | None, exported: float) -> None:
     """Print the last epoch of each net, and the largest differences of the comparisons."""
     last = [run.epochs[-1] for run in runs]
     rows = [

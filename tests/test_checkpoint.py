@@ -295,6 +295,28 @@ def test_a_checkpoint_beyond_the_last_epoch_is_refused(unbroken, tmp_path, capsy
     assert_same_result(tmp_path, unbroken)
 
 
+@pytest.mark.parametrize(
+    ("names", "orders", "options", "text"),
+    [
+        ([], [[0]], {}, r"runs must be at least one, of different names, got \[\]"),
+        (["a", "a"], [[0]], {}, r"got \['a', 'a'\]"),
+        (["a"], [], {}, "orders must hold an order for each epoch"),
+        (["a"], [[0]], {"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        (["a"], [[0]], {"every": 0}, "every must be at least 1, got 0"),
+    ],
+)
+def test_a_session_refuses(names, orders, options, text, device, tmp_path):
+    runs = [run_of(name, build("none", [device]), 0.1) for name in names]
+    options = {"batch_size": 1, "identity": {}, **options}
+    with pytest.raises(ValueError, match=text):
+        Session(runs, [np.array(order) for order in orders], folder=tmp_path, **options)
+
+
+def test_a_run_needs_something_to_train():
+    with pytest.raises(ValueError, match="net must have parameters to train, got Flatten"):
+        run_of("empty", mx.gluon.nn.Flatten(), 0.1)
+
+
 # --- the files ---------------------------------------------------------------------------------
 
 

@@ -25,13 +25,31 @@ _KEEP = 0.99  # of the moving average of the loss
 
 
 def read_values(net: gluon.Block) -> Values:
-    """Return the value of every parameter of a net by name, as it is on the net's first device."""
+    """Return the parameters of a net.
+
+    Parameters
+    ----------
+    net : Block
+        Initialized, and called once if shapes were unknown.
+
+    Returns
+    -------
+    dict of str to numpy.ndarray
+        The value of each by name, as it is on the net's first device.
+    """
     mx.nd.waitall()  # graphs with static_shape write to the statistics behind the engine's back
     return {name: p.list_data()[0].asnumpy() for name, p in net.collect_params().items()}
 
 
 def write_values(net: gluon.Block, values: Mapping[str, np.ndarray]) -> None:
-    """Give every parameter of a net the value of that name, on every device."""
+    """Set the parameters of a net, on every device.
+
+    Parameters
+    ----------
+    net : Block
+    values : mapping of str to numpy.ndarray
+        By name, one for each parameter.
+    """
     for name, parameter in net.collect_params().items():
         parameter.set_data(mx.nd.array(values[name], dtype=parameter.dtype))
 

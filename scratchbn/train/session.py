@@ -16,6 +16,7 @@ import mxnet as mx
 import numpy as np
 
 from .. import __version__, get_backend
+from .._checks import check_integer
 from .._writing import PathLike
 from .checkpoint import CheckpointError, Checkpoints
 from .run import Run
@@ -65,19 +66,37 @@ class Session:
     resume : bool, default False
         Continue from the newest good checkpoint, if there is any.
     say : callable, default print
-        Receives a line about what was found.
+        Receives a line about the checkpoints found.
     progress : bool, default True
         Show a bar, on a terminal and where tqdm is installed.
 
+    Attributes
+    ----------
+    runs : sequence of Run
+    steps_per_epoch : int
+
+    Raises
+    ------
+    CheckpointError
+        On entry, if the checkpoints in `folder` cannot be resumed from or must not be added to.
+
     Examples
     --------
-    ::
-
-        with Session(runs, orders, 64, "checkpoints", {"lr": 0.001}, every=100) as session:
-            for run, epoch, batches in session.epochs():
-                for batch in batches:
-                    run.step(images[batch], labels[batch])
-                run.end_epoch(accuracy=accuracy(run.net))
+    >>> import tempfile
+    >>> from mxnet.gluon import loss, nn
+    >>> net = nn.Dense(1, in_units=1)
+    >>> net.initialize(mx.init.Zero())
+    >>> run = Run("line", net, loss.L2Loss(), optimizer_params={"learning_rate": 0.1})
+    >>> x, y = np.float32([[1], [2], [3]]), np.float32([2, 4, 6])
+    >>> orders = [np.array([2, 0, 1]), np.array([0, 1, 2])]  # one for each epoch
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with Session([run], orders, 2, folder, {"lr": 0.1}, progress=False) as session:
+    ...         for run, epoch, batches in session.epochs():
+    ...             for batch in batches:
+    ...                 _ = run.step(x[batch], y[batch])
+    ...             print(epoch, f"{run.end_epoch(seen=len(y))['loss']:.2f}")
+    1 9.90
+    2 9.71
     """
 
     def __init__(
@@ -94,6 +113,14 @@ class Session:
         say: Callable[[str], None] = print,
         progress: bool = True,
     ) -> None:
+        check_integer("batch_size", batch_size, least=1)
+        if every is not None:
+            check_integer("every", every, least=1)
+        names = [run.name for run in runs]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"runs must be at least one, of different names, got {names}")
+        if not len(orders):
+            raise ValueError("orders must hold an order for each epoch, got none")
         self.runs = runs
         self.steps_per_epoch = math.ceil(len(orders[0]) / batch_size)
         self._workers = runs[0].workers
