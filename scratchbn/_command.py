@@ -63,3 +63,12 @@ def named_shape(text: str) -> tuple[str, tuple[int, ...]]:
     if not name or not shape or min(shape) < 1:
         raise argparse.ArgumentTypeError(f"expected NAME=N,C,... as data=1,3,224,224, got {text!r}")
     return name, shape
+
+
+def add_job(add_argument: Callable[..., Any]) -> None:
+    """Add the options of a job on this machine, and its program with arguments."""
+    for name, count in (("workers", 2), ("servers", 1)):
+        add_argument(
+            f"--{name}", type=integer(1), default=count, metavar="N", help="default: %(default)s"
+        )
+    add_argument("program", nargs="+", metavar="command", help="the command, after --")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from scratchbn import native
-from scratchbn._command import integer, named_shape
+from scratchbn._command import add_job, integer, named_shape
 from scratchbn._text import rich_table
 from scratchbn.environment import doctor
 
@@ -104,6 +104,13 @@ def _convert(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _launch(arguments: argparse.Namespace) -> int:
+    """Run a command as a job of MXNet's parameter server on this machine."""
+    from scratchbn.train.launch import launch
+
+    return launch(arguments.program, arguments.workers, arguments.servers)
+
+
 def _model(arguments: argparse.Namespace) -> tuple[tuple[Any, Any], dict[str, Any]]:
     """Read the model, and the shapes of its inputs as far as they are stated."""
     from scratchbn import deploy
@@ -185,6 +192,8 @@ def _parser() -> argparse.ArgumentParser:
         choices=("builtin", "scratch"),
         help="builtin: MXNet's BatchNorm nodes; scratch: the training graph of ScratchBatchNorm",
     )
+
+    add_job(add("launch", _launch))
     return parser
 
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "options",
     "fold": "fold the batch normalizations of an exported model into the layers before them",
     "convert": "exchange ScratchBatchNorm and MXNet's BatchNorm in an exported model",
+    "launch": "run a command as a job of MXNet's parameter server on this machine",
 }
 ROOT = Path(__file__).resolve().parents[2]
 

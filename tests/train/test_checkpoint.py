@@ -12,16 +12,23 @@ import subprocess
 import sys
 import time
 
+from scratchbn.train import (
+    CheckpointError,
+    Checkpoints,
+    Run,
+    Session,
+    checkpoint,
+    read_values,
+    write_values,
+)
+
 import mxnet as mx
 import numpy as np
 import pytest
 from helpers import REPOSITORY, array
 
-sys.path.insert(0, str(REPOSITORY / "scripts"))
-import _checkpoint
-import _training
-import train_lenet
-from _checkpoint import CheckpointError, Checkpoints
+from models.lenet import initialize, lenet
+from scripts import train_lenet
 
 SCRIPT = [sys.executable, str(REPOSITORY / "scripts" / "train_lenet.py")]
 FEW = ["--data", "sample", "--limit", "240", "--batch-size", "16", "--device", "cpu"]
@@ -138,13 +145,13 @@ def test_ctrl_c_saves_and_prints_the_command_that_goes_on(unbroken, tmp_path):
 
 
 def test_ctrl_c_while_a_net_is_measured_saves_too(unbroken, tmp_path, monkeypatch):
-    accuracy = _training.accuracy
+    point = Session.interruption_point  # after each batch of an evaluation
 
-    def interrupted(*arguments):
+    def interrupted(session):
         os.kill(os.getpid(), signal.SIGINT)
-        return accuracy(*arguments)
+        point(session)
 
-    monkeypatch.setattr(_training, "accuracy", interrupted)
+    monkeypatch.setattr(Session, "interruption_point", interrupted)
     before = signal.getsignal(signal.SIGINT)
     assert run(tmp_path) == 130
     assert signal.getsignal(signal.SIGINT) is before
@@ -265,13 +272,13 @@ def test_checkpoints_of_an_earlier_run_are_not_mixed_with_new_ones(partial, caps
 
 def test_ctrl_c_saves_nothing_among_the_checkpoints_of_another_run(copy, monkeypatch, capsys):
     before = contents(copy)
-    step = _training._step
+    step = Run.step
 
     def interrupted(*arguments):
         os.kill(os.getpid(), signal.SIGINT)
         return step(*arguments)
 
-    monkeypatch.setattr(_training, "_step", interrupted)
+    monkeypatch.setattr(Run, "step", interrupted)
     assert run(copy, "--seed", "5") == 130
     assert "no checkpoint was saved: " in capsys.readouterr().err
     assert contents(copy) == before
@@ -286,6 +293,28 @@ def test_a_checkpoint_beyond_the_last_epoch_is_refused(unbroken, tmp_path, capsy
     assert contents(tmp_path) == before
     assert run(tmp_path, "--resume") == 0
     assert_same_result(tmp_path, unbroken)
+
+
+@pytest.mark.parametrize(
+    ("names", "orders", "options", "text"),
+    [
+        ([], [[0]], {}, r"runs must be at least one, of different names, got \[\]"),
+        (["a", "a"], [[0]], {}, r"got \['a', 'a'\]"),
+        (["a"], [], {}, "orders must hold an order for each epoch"),
+        (["a"], [[0]], {"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        (["a"], [[0]], {"every": 0}, "every must be at least 1, got 0"),
+    ],
+)
+def test_a_session_refuses(names, orders, options, text, device, tmp_path):
+    runs = [run_of(name, build("none", [device]), 0.1) for name in names]
+    options = {"batch_size": 1, "identity": {}, **options}
+    with pytest.raises(ValueError, match=text):
+        Session(runs, [np.array(order) for order in orders], folder=tmp_path, **options)
+
+
+def test_a_run_needs_something_to_train():
+    with pytest.raises(ValueError, match="net must have parameters to train, got Flatten"):
+        run_of("empty", mx.gluon.nn.Flatten(), 0.1)
 
 
 # --- the files ---------------------------------------------------------------------------------
@@ -341,8 +370,8 @@ def test_what_a_killed_save_left_is_no_checkpoint_and_is_cleared(tmp_path):
 
 def test_the_manifest_comes_last(tmp_path, monkeypatch):
     synced = []
-    sync = _checkpoint._sync
-    monkeypatch.setattr(_checkpoint, "_sync", lambda path: (synced.append(path.name), sync(path)))
+    sync = checkpoint._sync
+    monkeypatch.setattr(checkpoint, "_sync", lambda path: (synced.append(path.name), sync(path)))
     Checkpoints(tmp_path, {}).save(3, writer("x"))
     assert synced[:2] == ["file", "manifest.json"]
     assert synced[-1] == tmp_path.name
@@ -357,23 +386,24 @@ def test_the_manifest_comes_last(tmp_path, monkeypatch):
 @pytest.mark.parametrize("norm", ["scratch", "builtin"])
 def test_two_devices_add_gradients_and_keep_statistics(norm, hybridize, device, second_device, rng):
     devices = [device, second_device]
-    images = _training.Images(rng.uniform(size=(6, 1, 28, 28)), np.arange(6))
+    pixels, labels = rng.uniform(size=(6, 1, 28, 28)), np.arange(6.0)
     net = build64(norm, devices)
-    initial = _training.read_values(net)
+    initial = read_values(net)
     lr = 2**-7  # exact in float32, as which the optimizer has it
-    run = _training.start(net, norm, lr, devices, hybridize)
+    net.hybridize(active=hybridize)
+    run = run_of(norm, net, lr)
     # 5 images, 3 and 2 of them on each device; then a batch that leaves one device without any.
     batches = [np.array([4, 0, 5, 2, 1]), np.array([3])]
-    losses = [_training._step(run, images, batch) for batch in batches]
+    losses = [run.step(pixels[batch], labels[batch]) for batch in batches]
 
     copies = [build64(norm, [device]) for _ in devices]
     for copy in copies:
-        _training.write_values(copy, initial)
+        write_values(copy, initial)
     expected_losses = []
     for parts in ([batches[0][:3], batches[0][3:]], [batches[1]]):
         values = []
         for copy, part in zip(copies, parts):
-            x, y = (array(v[part], device) for v in (images.pixels, images.labels))
+            x, y = (array(v[part], device) for v in (pixels, labels))
             with mx.autograd.record():
                 loss = mx.gluon.loss.SoftmaxCrossEntropyLoss()(copy(x), y)
             loss.backward()
@@ -381,7 +411,7 @@ def test_two_devices_add_gradients_and_keep_statistics(norm, hybridize, device, 
         expected_losses.append(np.mean(values))
         mx.nd.waitall()
         used = copies[: len(parts)]
-        for same in zip(*(_training._trained(copy) for copy in copies)):
+        for same in zip(*(parameters_of(copy, trained=True) for copy in copies)):
             gradient = sum(p.grad().asnumpy() for p, _ in zip(same, used))
             value = array(same[0].data().asnumpy() - lr * gradient, device)
             for parameter in same:
@@ -390,35 +420,51 @@ def test_two_devices_add_gradients_and_keep_statistics(norm, hybridize, device, 
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-12)
     mx.nd.waitall()
     for on, copy in zip(devices, copies):
-        expected = _training.read_values(copy)
+        expected = read_values(copy)
         for name, parameter in net.collect_params().items():
             np.testing.assert_allclose(
                 parameter.data(on).asnumpy(), expected[name], rtol=1e-9, atol=1e-13, err_msg=name
             )
-    averages = _training.averages(run)
-    for parameter in _training._statistics(net):
+    averages = run.averages()
+    for parameter in parameters_of(net, trained=False):
         one, other = (parameter.data(on).asnumpy() for on in devices)
         assert np.abs(one - other).max() > 1e-4
         np.testing.assert_allclose(averages[parameter.name], (one + other) / 2, rtol=1e-15)
 
 
+def build(norm, devices, dtype="float32"):
+    net = lenet(train_lenet.NORMS[norm], prefix="lenet_")
+    net.cast(dtype)
+    initialize(net, "xavier", devices)
+    net(mx.nd.zeros((1, 1, 28, 28), ctx=devices[0], dtype=dtype))
+    return net
+
+
 def build64(norm, devices):
     """A LeNet in float64."""
-    net = _training.lenet(_training.NORMS[norm], prefix="lenet_")
-    net.cast("float64")
-    _training.initialize(net, "xavier", devices)
-    net(mx.nd.zeros((1, 1, 28, 28), ctx=devices[0], dtype="float64"))
-    return net
+    return build(norm, devices, "float64")
+
+
+def run_of(name, net, lr):
+    loss = mx.gluon.loss.SoftmaxCrossEntropyLoss()
+    return Run(name, net, loss, optimizer_params={"learning_rate": lr})
+
+
+def parameters_of(net, trained):
+    return [p for p in net.collect_params().values() if (p.grad_req != "null") == trained]
 
 
 def test_what_is_measured_and_saved_has_the_average_of_the_statistics(device, second_device, rng):
     devices = [device, second_device]
-    images = _training.Images(rng.uniform(size=(20, 1, 28, 28)).astype("f4"), np.arange(20) % 10)
-    net = _training.build("scratch", "xavier", devices)
-    run = _training.start(net, "scratch", 0.001, devices, hybridize=True)
-    _training.train_epoch(run, images, images, np.arange(20), 7)
-    assert run.measured is not net
-    for name, parameter in run.measured.collect_params().items():
+    pixels, labels = rng.uniform(size=(20, 1, 28, 28)).astype("f4"), np.arange(20.0) % 10
+    net = build("scratch", devices)
+    net.hybridize()
+    run = run_of("scratch", net, 0.001)
+    for i in range(0, 20, 7):
+        run.step(pixels[i : i + 7], labels[i : i + 7])
+    measured = run.evaluated(lambda: build("scratch", [device]))
+    assert measured is not net
+    for name, parameter in measured.collect_params().items():
         assert parameter.list_ctx() == [device]
         copies = [copy.asnumpy() for copy in net.collect_params()[name].list_data()]
         np.testing.assert_allclose(parameter.data().asnumpy(), np.mean(copies, 0), rtol=1e-6)
@@ -432,7 +478,7 @@ def test_a_run_on_two_devices_goes_on_with_the_statistics_of_each(tmp_path, monk
     options = ["--device", "cpu:0,cpu:1", "--no-compare", "--batch-size", "33"]
     assert run(tmp_path / "unbroken", *options) == 0
     steps = []
-    step = _training._step
+    step = Run.step
 
     def interrupted(*arguments):
         steps.append(0)
@@ -440,7 +486,7 @@ def test_a_run_on_two_devices_goes_on_with_the_statistics_of_each(tmp_path, monk
             os.kill(os.getpid(), signal.SIGINT)
         return step(*arguments)
 
-    monkeypatch.setattr(_training, "_step", interrupted)
+    monkeypatch.setattr(Run, "step", interrupted)
     assert run(tmp_path / "broken", *options) == 130
     monkeypatch.undo()
     assert listed(tmp_path / "broken" / "checkpoints") == ["step-000000011"]

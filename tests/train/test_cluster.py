@@ -10,65 +10,31 @@ import subprocess
 import sys
 import time
 
+from scratchbn.train import ALONE, ClusterError, cluster, join, launch
+
+import mxnet as mx
 import numpy as np
 import pytest
 from helpers import REPOSITORY
-
-sys.path.insert(0, str(REPOSITORY / "scripts"))
-import _cluster
-import _training
-import launch_local
+from train_worker import steps
 
 LAUNCH = [sys.executable, str(REPOSITORY / "scripts" / "launch_local.py")]
 TRAIN = [sys.executable, str(REPOSITORY / "scripts" / "train_lenet.py")]
 FEW = ["--data", "sample", "--limit", "160", "--batch-size", "32", "--no-compare"]
-PATHS = f"import sys; sys.path[:0] = {[str(REPOSITORY), str(REPOSITORY / 'scripts')]!r}\n"
+WORKER = [sys.executable, str(REPOSITORY / "tests" / "train_worker.py")]
 ENVIRONMENT = {
     **{k: v for k, v in os.environ.items() if not k.startswith("DMLC_")},
     "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(REPOSITORY),
 }
 
 needs_parameter_server = pytest.mark.skipif(
-    not _training.mx.runtime.Features().is_enabled("DIST_KVSTORE"),
+    not mx.runtime.Features().is_enabled("DIST_KVSTORE"),
     reason="this mxnet has no parameter server",
 )
 
-# The same steps on two workers, as here, and on two devices of one process: 5 images, then 1, which
-# leaves one of the two without any.
-STEPS = """
-import numpy as np
 
-def steps(devices, workers):
-    import mxnet as mx
-    import _training
-
-    rng = np.random.default_rng(0)
-    pixels = rng.uniform(size=(6, 1, 28, 28)).astype(np.float32)
-    images = _training.Images(pixels, np.arange(6))
-    mx.random.seed(3)
-    net = _training.lenet(prefix="lenet_")
-    _training.initialize(net, "xavier", devices)
-    net(mx.nd.zeros((1, 1, 28, 28)))
-    run = _training.start(net, "scratch", 0.01, devices, True, workers)
-    losses = [_training._step(run, images, np.array(b)) for b in ([4, 0, 5, 2, 1], [3])]
-    statistics = _training.gather_statistics(run)
-    return {"losses": losses, **_training.averages(run)}, statistics
-"""
-WORKER = f"""{PATHS}{STEPS}
-import scratchbn
-from _cluster import join
-
-workers = join(90, 20)
-import mxnet as mx
-
-values, statistics = steps([mx.cpu()], workers)
-np.savez(f"{{sys.argv[1]}}/{{workers.rank}}", **values)
-np.savez(f"{{sys.argv[1]}}/statistics{{workers.rank}}", **statistics)
-sys.exit(workers.leave(0))
-"""
-
-
-def launch(*command, workers=2):
+def start_job(*command, workers=2):
     return subprocess.Popen(
         [*LAUNCH, "--workers", str(workers), "--", *command],
         env=ENVIRONMENT,
@@ -110,11 +76,8 @@ def is_running(pid):
 
 @needs_parameter_server
 def test_two_workers_train_as_two_devices_do(tmp_path):
-    finish(launch(sys.executable, "-c", WORKER, tmp_path), 0)
-    scope: dict = {}
-    exec(STEPS, scope)
-    mx = _training.mx
-    expected, statistics = scope["steps"]([mx.cpu(0), mx.cpu(1)], _cluster.ALONE)
+    finish(start_job(*WORKER, tmp_path), 0)
+    expected, statistics = steps([mx.cpu(0), mx.cpu(1)], ALONE)
     with np.load(tmp_path / "0.npz") as first, np.load(tmp_path / "1.npz") as second:
         assert set(first) == set(second) == set(expected)
         for name, value in expected.items():
@@ -130,7 +93,7 @@ def test_two_workers_train_as_two_devices_do(tmp_path):
 
 def test_long_lines_of_two_processes_do_not_mix():
     source = "import os; print(os.environ['DMLC_ROLE'][0] * 3_000_000)"
-    printed, _ = finish(launch(sys.executable, "-c", source), 0)
+    printed, _ = finish(start_job(sys.executable, "-c", source), 0)
     lines = sorted(line.split(" | ")[1] for line in printed.splitlines())
     assert lines == [letter * 3_000_000 for letter in ("s", "s", "w", "w")]
 
@@ -140,7 +103,7 @@ def killed(tmp_path_factory):
     """A job of the training script of which one worker was killed after a checkpoint."""
     out = tmp_path_factory.mktemp("job")
     options = [*FEW, "--epochs", "4", "--kvstore", "dist_sync", "--checkpoint-every", "1"]
-    process = launch(*TRAIN, *options, "--out", str(out))
+    process = start_job(*TRAIN, *options, "--out", str(out))
     checkpoints = out / "checkpoints"
     while process.poll() is None and not (checkpoints.exists() and any(checkpoints.glob("step*"))):
         time.sleep(0.01)
@@ -169,7 +132,7 @@ def test_a_killed_worker_ends_the_job(killed):
 def test_a_killed_job_is_resumed(killed, tmp_path):
     *_, killed_out, options = killed
     out = shutil.copytree(killed_out, tmp_path / "resumed")
-    printed, _ = finish(launch(*TRAIN, *options, "--out", str(out), "--resume"), 0)
+    printed, _ = finish(start_job(*TRAIN, *options, "--out", str(out), "--resume"), 0)
     assert printed.count("resumed from") == 1
     assert printed.count("written to") == 1
     alone = [*TRAIN, *FEW, "--epochs", "4", "--device", "cpu:0,cpu:1", "--out", tmp_path / "alone"]
@@ -187,12 +150,12 @@ def start_by_hand(source, roles, workers):
     """Start processes of a job of one server as one would on several machines."""
     variables = {
         "DMLC_PS_ROOT_URI": "127.0.0.1",
-        "DMLC_PS_ROOT_PORT": str(launch_local._free_port()),
+        "DMLC_PS_ROOT_PORT": str(launch.free_port()),
         "DMLC_NODE_HOST": "127.0.0.1",
         "DMLC_NUM_WORKER": str(workers),
         "DMLC_NUM_SERVER": "1",
     }
-    source = f"{PATHS}import os, signal\nimport scratchbn\nfrom _cluster import join\n{source}"
+    source = f"import os, signal, sys\nfrom scratchbn.train import join\n{source}"
     processes = []
     for role in roles:  # the first is the scheduler; the others are told its number
         process = subprocess.Popen(
@@ -240,16 +203,16 @@ def test_a_job_that_does_not_fill_up_ends():
     "missing", ["DMLC_ROLE", "DMLC_PS_ROOT_URI", "DMLC_NUM_WORKER", "DMLC_NUM_SERVER"]
 )
 def test_without_its_variables_a_process_says_what_is_missing(missing, monkeypatch):
-    for name in ("DMLC_ROLE", *_cluster._VARIABLES):
+    for name in ("DMLC_ROLE", *cluster._VARIABLES):
         monkeypatch.setenv(name, "worker")
     monkeypatch.delenv(missing)
-    with pytest.raises(_cluster.ClusterError, match=f"environment variables {missing}.*launch_loc"):
-        _cluster.join(1, 1)
+    with pytest.raises(ClusterError, match=f"environment variables {missing}.*launch_loc"):
+        join(1, 1)
 
 
 def test_alone_there_is_nothing_to_wait_for():
-    np.testing.assert_array_equal(_cluster.ALONE.gather("x", [1, 2]), [[1.0, 2.0]])
-    assert _cluster.ALONE.leave(130) == 130
+    np.testing.assert_array_equal(ALONE.gather("x", [1, 2]), [[1.0, 2.0]])
+    assert ALONE.leave(130) == 130
 
 
 # --- the launcher, with commands that need no MXNet ----------------------------------------------
@@ -265,7 +228,7 @@ def test_the_launcher_gives_each_process_its_role_and_marks_its_output():
 print(role, os.environ["DMLC_NUM_WORKER"], os.environ["DMLC_NUM_SERVER"])
 print("to stderr", file=sys.stderr)
 """
-    printed, error = finish(launch(sys.executable, "-c", source, workers=3), 0)
+    printed, error = finish(start_job(sys.executable, "-c", source, workers=3), 0)
     expected = ["scheduler", "server 0", "worker 0", "worker 1", "worker 2"]
     assert sorted(printed.splitlines()) == [f"{n} | {n.split()[0]} 3 1" for n in expected]
     assert sorted(error.splitlines()) == [f"{n} | to stderr" for n in expected]
@@ -274,7 +237,7 @@ print("to stderr", file=sys.stderr)
 @pytest.mark.parametrize("role", ["scheduler", "server", "worker"])
 def test_the_launcher_ends_all_when_one_fails(role):
     source = f"{REPORT}\nsys.exit(7) if role == {role!r} else time.sleep(60)"
-    _, error = finish(launch(sys.executable, "-c", source, workers=1), 7)
+    _, error = finish(start_job(sys.executable, "-c", source, workers=1), 7)
     assert "ended with status 7; ending the job" in error
     assert f"error: {role}" in error
 
@@ -288,7 +251,7 @@ signal.signal(signal.SIGINT, save)
 print("ready", flush=True)
 time.sleep(60)
 """
-    process = launch(sys.executable, "-c", source)
+    process = start_job(sys.executable, "-c", source)
     ready = [process.stdout.readline() for _ in range(4)]
     assert all(line.endswith("| ready\n") for line in ready)
     process.send_signal(signal.SIGINT)
@@ -298,7 +261,7 @@ time.sleep(60)
 
 def test_a_second_ctrl_c_does_not_wait():
     source = f"{REPORT}\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nprint(1, flush=True)\n"
-    process = launch(sys.executable, "-c", f"{source}time.sleep(60)", workers=1)
+    process = start_job(sys.executable, "-c", f"{source}time.sleep(60)", workers=1)
     for _ in range(3):
         process.stdout.readline()
     process.send_signal(signal.SIGINT)
@@ -311,15 +274,15 @@ def test_a_second_ctrl_c_does_not_wait():
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--workers", "0", "--", "true"], "--workers: must be an integer, at least 1; got '0'"),
-        (["--servers", "x", "--", "true"], "--servers: must be an integer, at least 1; got 'x'"),
+        (["--workers", "0", "--", "true"], "--workers: must be at least 1, got '0'"),
+        (["--servers", "x", "--", "true"], "--servers: must be an integer, got 'x'"),
         ([], "command"),
         (["--", "no-such-program"], "no program 'no-such-program'"),
     ],
 )
 def test_the_launcher_refuses(arguments, text, capsys):
     try:
-        status = launch_local.main(arguments)
+        status = launch.main(arguments)
     except SystemExit as exit_:
         status = exit_.code
     assert status == 2

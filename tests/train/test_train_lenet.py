@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 from scratchbn import ScratchBatchNorm
+from scratchbn.parity import Report, Row
+from scratchbn.train import Run, Session, read_values, write_values
 
 import mxnet as mx
 import numpy as np
@@ -16,21 +20,12 @@ from helpers import REPOSITORY, array, last_json, run_python, without_scratchbn
 from mxnet import autograd, gluon
 from mxnet.gluon import nn
 
-from models.lenet import lenet
-
-sys.path.insert(0, str(REPOSITORY / "scripts"))
-import _training
-import train_lenet
+from models.lenet import initialize, lenet
+from scripts import train_lenet
 
 FILES = ["curves.png", "lenet-0000.params", "lenet-symbol.json", "lenet.params", "metrics.json"]
 FEW = ["--data", "sample", "--limit", "200", "--batch-size", "48", "--device", "cpu"]
-GROUPS = {
-    "outputs",
-    "gradients",
-    "parameters",
-    "running_statistics",
-    "running_statistics_formula",
-}
+KINDS = {"output", "input gradient", "parameter gradient", "statistic"}
 
 
 def run_main(out, *options):
@@ -40,8 +35,30 @@ def run_main(out, *options):
 
 
 def twenty_images(rng):
-    """Noise, two images for each label."""
-    return _training.Images(rng.uniform(size=(20, 1, 28, 28)).astype("f4"), np.arange(20) % 10)
+    """Noise, two images for each label: pixels and labels."""
+    return rng.uniform(size=(20, 1, 28, 28)).astype("f4"), np.arange(20, dtype="f4") % 10
+
+
+def build(norm, init, device):
+    net = lenet(train_lenet.NORMS[norm], prefix="lenet_")
+    initialize(net, init, device)
+    net(mx.nd.zeros((1, 1, 28, 28), ctx=device))
+    return net
+
+
+def start(norm, net, lr):
+    loss = gluon.loss.SoftmaxCrossEntropyLoss()
+    return Run(norm, net, loss, optimizer_params={"learning_rate": lr})
+
+
+def train(run, images, orders, batch_size, folder):
+    """Train as the script does; return what each epoch gave."""
+    with Session([run], orders, batch_size, folder, {}, progress=False) as session:
+        for _, _, batches in session.epochs():
+            for batch in batches:
+                run.step(images[0][batch], images[1][batch])
+            run.end_epoch()
+    return run.epochs
 
 
 @pytest.fixture(scope="module")
@@ -86,30 +103,30 @@ def test_metrics(finished):
         assert epoch["seconds"] > 0
     check = metrics["crosscheck"]
     assert check["ok"] is True
-    assert check["failed"] == []
-    assert set(check["max_abs_diff"]) == set(check["tensors"]) == GROUPS
-    for group, largest in check["max_abs_diff"].items():
-        assert largest == max(check["tensors"][group].values())
+    assert all(row["ok"] for row in check["rows"])
+    assert set(check["max_abs_diff"]) == {row["kind"] for row in check["rows"]} == KINDS
+    for kind, largest in check["max_abs_diff"].items():
+        assert largest == max(row["absolute"] for row in check["rows"] if row["kind"] == kind)
     # The two layers are different code: agreement to the last bit would mean nothing was compared.
-    assert 0 < check["max_abs_diff"]["gradients"] < 1e-9
-    assert 0 < check["max_abs_diff"]["running_statistics"] < 1e-5
+    assert 0 < check["max_abs_diff"]["parameter gradient"] < 1e-9
+    assert 0 < check["max_abs_diff"]["statistic"] < 1e-5
 
 
 def test_every_tensor_is_cross_checked(finished):
-    tensors = json.loads((finished[1] / "metrics.json").read_text())["crosscheck"]["tensors"]
-    parameters = lenet(prefix="lenet_").collect_params()
+    rows = json.loads((finished[1] / "metrics.json").read_text())["crosscheck"]["rows"]
+    parameters = lenet()._collect_params_with_prefix()
     statistics = {name for name in parameters if "running" in name}
-    trained = set(parameters) - statistics
     expected = {
-        "outputs": {"inference", "training", "loss"},
-        "gradients": trained | {"data"},
-        "parameters": trained,
-        "running_statistics": statistics,
-        "running_statistics_formula": statistics,
+        "output": {"output"},
+        "input gradient": {"input"},
+        "parameter gradient": set(parameters) - statistics,
+        "statistic": statistics,
     }
-    for group, names in expected.items():
-        both = {f"{mode} {name}" for mode in ("eager", "hybridized") for name in names}
-        assert set(tensors[group]) == both, group
+    for mode in ("eager", "hybrid"):
+        for phase in ("train", "inference", "frozen"):
+            compared = [row for row in rows if (row["mode"], row["phase"]) == (mode, phase)]
+            for kind, names in expected.items():
+                assert {row["tensor"] for row in compared if row["kind"] == kind} == names, kind
 
 
 def test_what_it_prints(finished):
@@ -122,10 +139,10 @@ def test_what_it_prints(finished):
     )
     for shape in ("(48, 20, 13, 13)", "(48, 50, 4, 4)", "(48, 800)", "(48, 128)", "(48, 10)"):
         assert any(line.endswith(f"-> {shape}") for line in lines), shape
-    for quantity in ("batch mean", "batch variance", "running mean", "running var", "gamma"):
+    for quantity in ("batch mean", "batch var", "running mean", "running var", "gamma"):
         assert any(quantity in line for line in lines), quantity
     table = process.stdout[process.stdout.index("LeNet after 2 epochs") :]
-    for row in ("scratch", "builtin", "seconds", "outputs", "gradients", "running statistics"):
+    for row in ("scratch", "builtin", "seconds", *KINDS):
         assert row in table, row
     assert "Traceback" not in process.stderr
     assert "batch/s" not in process.stderr, "a progress bar in a log"
@@ -178,7 +195,7 @@ def test_eager_and_hybridized_training_agree(finished, tmp_path):
 
 
 def test_the_twin_starts_alike_and_sees_the_same_batches(tmp_path, monkeypatch):
-    monkeypatch.setitem(_training.NORMS, "builtin", ScratchBatchNorm)
+    monkeypatch.setitem(train_lenet.NORMS, "builtin", ScratchBatchNorm)
     status, metrics = run_main(tmp_path, "--epochs", "2")
     assert status == 0
     for one, other in zip(metrics["epochs"][::2], metrics["epochs"][1::2]):
@@ -196,18 +213,20 @@ def test_the_seed_decides(tmp_path):
     assert losses[0] != pytest.approx(losses[2], rel=1e-6)
 
 
-def test_an_epoch_is_plain_sgd_on_the_summed_loss(device, rng):
-    images = twenty_images(rng)
+def test_an_epoch_is_plain_sgd_on_the_summed_loss(device, rng, tmp_path):
+    pixels, labels = images = twenty_images(rng)
     order = rng.permutation(20)
-    net = _training.build("builtin", "xavier", [device])
-    other = _training.build("builtin", "tutorial", [device], like=net)
-    run = _training.start(net, "builtin", 0.01, [device], hybridize=True)
-    epoch = _training.train_epoch(run, images, images, order, 8)
+    net = build("builtin", "xavier", device)
+    other = build("builtin", "tutorial", device)
+    write_values(other, read_values(net))
+    net.hybridize()
+    run = start("builtin", net, 0.01)
+    (epoch,) = train(run, images, [order], 8, tmp_path)
 
     means = []
     for chosen in (order[:8], order[8:16], order[16:]):
-        x = array(images.pixels[chosen], device, "float32")
-        y = array(images.labels[chosen], device, "float32")
+        x = array(pixels[chosen], device, "float32")
+        y = array(labels[chosen], device, "float32")
         with autograd.record():
             losses = gluon.loss.SoftmaxCrossEntropyLoss()(other(x), y)
             total = losses.sum()
@@ -221,22 +240,31 @@ def test_an_epoch_is_plain_sgd_on_the_summed_loss(device, rng):
         averages.append(0.99 * averages[-1] + 0.01 * mean)
 
     np.testing.assert_allclose(run.losses, averages, rtol=1e-4)
-    assert epoch.loss == run.losses[-1]
-    expected = _training.read_values(other)
-    for name, value in _training.read_values(net).items():
+    assert epoch["loss"] == run.losses[-1]
+    expected = read_values(other)
+    for name, value in read_values(net).items():
         np.testing.assert_allclose(value, expected[name], rtol=1e-3, atol=1e-4, err_msg=name)
-    scores = other(array(images.pixels, device, "float32")).asnumpy()
-    assert epoch.train_acc == pytest.approx((scores.argmax(1) == images.labels).mean(), abs=0.051)
 
 
-def test_the_moving_average_goes_on_in_the_next_epoch(device, rng):
+def test_the_accuracy_is_that_of_the_saved_net(finished, device):
+    out = finished[1]
+    dataset = train_lenet.load("sample")
+    net = lenet()
+    net.load_parameters(str(out / "lenet.params"), ctx=device)
+    *_, last, _ = json.loads((out / "metrics.json").read_text())["epochs"]
+    assert last["norm"] == "scratch"
+    for part in ("train", "test"):
+        images, labels = (getattr(dataset, f"{part}_{name}")[:200] for name in ("images", "labels"))
+        scores = net(array(images[:, np.newaxis] / 255, device, "float32")).asnumpy()
+        assert last[f"{part}_acc"] == pytest.approx((scores.argmax(1) == labels).mean(), abs=0.011)
+
+
+def test_the_moving_average_goes_on_in_the_next_epoch(device, rng, tmp_path):
     images = twenty_images(rng)
-    net = _training.build("scratch", "tutorial", [device])
-    run = _training.start(net, "scratch", 0.001, [device], hybridize=False)
-    for _ in range(2):
-        _training.train_epoch(run, images, images, np.arange(20), 10)
+    run = start("scratch", build("scratch", "tutorial", device), 0.001)
+    train(run, images, [np.arange(20)] * 2, 10, tmp_path)
     assert len(run.losses) == 4
-    assert [e.epoch for e in run.epochs] == [1, 2]
+    assert [e["epoch"] for e in run.epochs] == [1, 2]
     assert np.abs(np.diff(run.losses)).max() < 0.05, "the average was seeded again"
 
 
@@ -245,56 +273,39 @@ def wrong(**options):
 
 
 @pytest.mark.parametrize(
-    ("broken", "groups", "tensor"),
+    ("broken", "kinds", "tensor"),
     [
-        ({"epsilon": 1e-4}, GROUPS - {"running_statistics_formula"}, "outputs: eager "),
-        (
-            {"momentum": 0.8},
-            {"running_statistics", "running_statistics_formula"},
-            "running statistics: eager lenet_batchnorm",
-        ),
-        (
-            {"unbiased_variance": True},
-            {"running_statistics", "running_statistics_formula"},
-            "_running_var differs by",
-        ),
-        (
-            {"scale": False},
-            GROUPS - {"running_statistics_formula"},
-            "_gamma differs by inf",
-        ),
+        ({"epsilon": 1e-4}, KINDS, "output"),
+        ({"momentum": 0.8}, {"statistic"}, "1.running_mean"),
+        ({"unbiased_variance": True}, {"statistic"}, "10.running_var"),
+        ({"scale": False}, {"parameter gradient"}, "1.gamma"),
     ],
     ids=["epsilon", "momentum", "variance", "gamma"],
 )
-def test_a_broken_layer_fails_the_cross_check(
-    broken, groups, tensor, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setitem(_training.NORMS, "scratch", wrong(**broken))
+def test_a_broken_layer_fails_the_cross_check(broken, kinds, tensor, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(train_lenet.NORMS, "scratch", wrong(**broken))
     status, metrics = run_main(tmp_path)
     assert status == 1
     assert metrics["crosscheck"]["ok"] is False
-    assert {text.split(":")[0] for text in metrics["crosscheck"]["failed"]} == groups
-    error = capsys.readouterr().err
-    assert "the cross-check failed" in error
-    assert tensor in error
+    failed = [row for row in metrics["crosscheck"]["rows"] if not row["ok"]]
+    assert {row["kind"] for row in failed} == kinds
+    printed = capsys.readouterr()
+    assert f"the cross-check failed: {len(failed)} of " in printed.err
+    assert {row["mode"] for row in failed if row["tensor"] == tensor} == {"eager", "hybrid"}
+    assert any(tensor in line and "FAIL" in line for line in printed.out.splitlines())
     assert sorted(file.name for file in tmp_path.iterdir()) == FILES
 
 
 def test_a_difference_that_is_not_a_number_fails():
-    difference = _training.Difference("outputs", "eager loss", math.nan, math.nan)
-    fine = [_training.Difference(group, "eager x", 0.0, 0.0) for group in GROUPS]
-    check = _training.CrossCheck([*fine, difference])
-    assert not check.ok
-    assert check.failed == [difference]
-    assert check.worst()["outputs"] is difference
-    assert math.isnan(check.max_abs_diff()["outputs"])
-    assert train_lenet._cross_check_metrics(check)["max_abs_diff"]["outputs"] is None
-
-
-def test_large_values_may_differ_more():
-    difference = _training.Difference("outputs", "eager loss", 1e-9, 1e-12)
-    assert difference.ok
-    assert not _training.Difference("outputs", "eager loss", 1e-9, 1e-9).ok
+    fine = Row("output", "output", "eager", "train", 1, 0.0, 0.0, 1e-10)
+    difference = replace(fine, absolute=math.nan)
+    check = Report((fine, difference, fine))
+    assert not check
+    assert check.failures == [difference]
+    metrics = train_lenet.check_metrics(check)
+    assert metrics["ok"] is False
+    assert metrics["max_abs_diff"]["output"] is None
+    json.dumps(metrics, allow_nan=False)
 
 
 @pytest.mark.parametrize(
@@ -332,7 +343,7 @@ def test_a_failure_while_writing_changes_no_file(tmp_path, monkeypatch):
         raise RuntimeError("disk full")
 
     (tmp_path / "metrics.json").write_text("of an earlier run")
-    monkeypatch.setattr(train_lenet, "_draw_curves", fail)
+    monkeypatch.setattr(train_lenet, "plot", fail)
     with pytest.raises(RuntimeError, match="disk full"):
         train_lenet.main([*FEW, "--no-compare", "--out", str(tmp_path)])
     assert [f.name for f in tmp_path.iterdir()] == ["metrics.json"]
@@ -385,16 +396,18 @@ def test_what_cannot_be_used_is_one_line_and_status_2(options, text, tmp_path, c
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("module", ["tqdm", "matplotlib.figure", "rich.table"])
-def test_a_missing_package_is_one_line(module, tmp_path, monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "_training")
+@pytest.mark.parametrize("module", ["tqdm", "matplotlib.figure", "rich.console"])
+def test_a_missing_package_is_one_line(module, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "scripts.train_lenet")
+    monkeypatch.delitem(sys.modules, "scratchbn.train.plot")
     monkeypatch.setitem(sys.modules, module, None)
-    assert train_lenet.main([*FEW, "--out", str(tmp_path / "out")]) == 2
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module("scripts.train_lenet")
+    assert ended.value.code == 2
     error = capsys.readouterr().err.strip()
     assert "\n" not in error
     assert module in error
     assert "pip install 'scratchbn[cpu,demo]'" in error
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_process_of_a_job_must_be_told_so(tmp_path, monkeypatch, capsys):
@@ -416,18 +429,19 @@ def test_the_monitor_records_every_step_and_changes_nothing(tmp_path):
 
 
 def test_recalibrated_statistics_are_those_of_the_training_set(tmp_path, device, rng):
-    images = twenty_images(rng)
-    net = _training.build("scratch", "xavier", [device])
-    run = _training.start(net, "scratch", 0.001, [device], hybridize=True)
-    order = np.arange(20)
-    _training.train_epoch(run, images, images, order, 20, recalibrated=True)
-    first = net[0](array(images.pixels, device, "float32")).asnumpy().astype("f8")
-    measured = _training.read_values(run.measured)
+    pixels, labels = images = twenty_images(rng)
+    net = build("scratch", "xavier", device)
+    net.hybridize()
+    run = start("scratch", net, 0.001)
+    train(run, images, [np.arange(20)], 20, tmp_path)
+    first = net[0](array(pixels, device, "float32")).asnumpy().astype("f8")
+    batches = [(array(pixels, device, "float32"), array(labels, device, "float32"))]
+    measured = read_values(run.evaluated(lambda: build("scratch", "xavier", device), batches))
     name = net[1].running_mean.name
     np.testing.assert_allclose(measured[name], first.mean((0, 2, 3)), rtol=1e-4, atol=1e-6)
     name = net[1].running_var.name
     np.testing.assert_allclose(measured[name], first.var((0, 2, 3)), rtol=1e-4)
-    moving = _training.read_values(net)[name]
+    moving = read_values(net)[name]
     assert np.abs(moving - measured[name]).max() > 0.1, "training keeps its own statistics"
 
     _, metrics = run_main(tmp_path, "--no-compare", "--recalibrate")
@@ -447,5 +461,5 @@ def test_the_defaults_are_the_tutorials():
     options = train_lenet.build_parser().parse_args([])
     assert (options.batch_size, options.lr, options.epochs) == (64, 0.001, 1)
     assert (options.norm, options.init, options.hybridize) == ("scratch", "tutorial", True)
-    assert _training.NORMS["scratch"] is ScratchBatchNorm
-    assert _training.NORMS["builtin"] is nn.BatchNorm
+    assert train_lenet.NORMS["scratch"] is ScratchBatchNorm
+    assert train_lenet.NORMS["builtin"] is nn.BatchNorm

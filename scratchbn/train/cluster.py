@@ -18,7 +18,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn, Union
 
+import mxnet as mx
 import numpy as np
+from mxnet.base import _LIB, check_call
+from mxnet.kvstore import KVStoreBase
+
+__all__ = ["ALONE", "Alone", "Cluster", "ClusterError", "Workers", "end_on_error", "join"]
 
 LAUNCHER = "SCRATCHBN_LAUNCHER"  # variable with the command that a local job's own comes after
 ROLES = ("scheduler", "server", "worker")
@@ -79,7 +84,7 @@ class Cluster:
 
     def key_store(self, name: str) -> Any:
         """Return what sums a Trainer's gradients over the workers; `name` sets its keys apart."""
-        return _key_store(self, name)
+        return _TrainerKeys(self, name)
 
     def gather(self, name: str, values: Any) -> np.ndarray:
         """Return the values of every worker; all of them call this, in the same order.
@@ -95,8 +100,6 @@ class Cluster:
         numpy.ndarray, float64, shape (size, ...)
             By rank, each value as it was, up to the range of float32.
         """
-        import mxnet as mx
-
         parts = _float32_parts(np.asarray(values, np.float64))
         known = self._shapes.get(name)
         if known not in (None, parts.shape):
@@ -129,9 +132,6 @@ Workers = Union[Alone, Cluster]
 def join(patience: float, timeout: float) -> Cluster:
     """Take this process's part in a job; only a worker returns.
 
-    To be called before MXNet is imported: with a role of scheduler or server, the import serves
-    and does not return.
-
     Parameters
     ----------
     patience : float
@@ -148,11 +148,6 @@ def join(patience: float, timeout: float) -> Cluster:
     """
     role = _role()
     os.environ["PS_HEARTBEAT_INTERVAL"] = str(_HEARTBEAT_SECONDS)
-    del os.environ["DMLC_ROLE"]
-    try:
-        import mxnet as mx
-    finally:
-        os.environ["DMLC_ROLE"] = role
     with _deadline(patience, _NOT_FULL):
         store = mx.kv.create("dist_sync")
     if role == "worker":
@@ -257,8 +252,6 @@ class _Watch:
                 )
 
     def _count_silent(self, seconds: int) -> int:
-        from mxnet.base import _LIB, check_call
-
         count = ctypes.c_int()
         check_call(
             _LIB.MXKVStoreGetNumDeadNode(
@@ -268,27 +261,32 @@ class _Watch:
         return count.value
 
 
-def _key_store(cluster: Cluster, name: str) -> Any:
-    from mxnet.kvstore import KVStoreBase
+class _TrainerKeys(KVStoreBase):
+    """A store for one Trainer: each counts its parameters from 0, on the one store of the job."""
 
-    class KeysOfOneTrainer(KVStoreBase):
-        """Keys of their own: every Trainer counts its parameters from 0, on one store."""
+    type = "dist_sync"
 
-        type = "dist_sync"
-        rank = cluster.rank
-        num_workers = cluster.size
+    def __init__(self, cluster: Cluster, name: str) -> None:
+        self._cluster = cluster  # not its store: on leaving, the cluster gives up the only one
+        self._name = name
 
-        def broadcast(self, key: Any, value: Any, out: Any, priority: int = 0) -> None:
-            cluster.store.broadcast(f"{name}:{key}", value, out, priority)
-            # The server keeps gradients under the same key: a value still on its way when they
-            # arrive would be replaced by their sum.
-            for copy in out if isinstance(out, list) else [out]:
-                copy.wait_to_read()
+    @property
+    def rank(self) -> int:
+        return self._cluster.rank
 
-        def pushpull(self, key: Any, value: Any, out: Any = None, priority: int = 0) -> None:
-            cluster.store.pushpull(f"{name}:{key}", value, out, priority)
+    @property
+    def num_workers(self) -> int:
+        return self._cluster.size
 
-        def is_capable(self, capability: str) -> bool:
-            return False  # every worker applies the summed gradients itself
+    def broadcast(self, key: Any, value: Any, out: Any, priority: int = 0) -> None:
+        self._cluster.store.broadcast(f"{self._name}:{key}", value, out, priority)
+        # The server keeps gradients under the same key: a value still on its way when they arrive
+        # would be replaced by their sum.
+        for copy in out if isinstance(out, list) else [out]:
+            copy.wait_to_read()
 
-    return KeysOfOneTrainer()
+    def pushpull(self, key: Any, value: Any, out: Any = None, priority: int = 0) -> None:
+        self._cluster.store.pushpull(f"{self._name}:{key}", value, out, priority)
+
+    def is_capable(self, capability: str) -> bool:
+        return False  # every worker applies the summed gradients itself

@@ -11,40 +11,59 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from .._writing import UNFINISHED, PathLike
+
+__all__ = ["KEPT", "CheckpointError", "Checkpoints"]
+
 KEPT = 3
+"""How many checkpoints stay when another one is saved."""
 
 _MANIFEST = "manifest.json"
 _FORMAT = 1
 _NAME = "step-{:09d}"
-_UNFINISHED = ".unfinished-"
 
 
 class CheckpointError(RuntimeError):
     """Checkpoints that cannot be used, or must not be added to."""
 
 
-class _TornError(Exception):
+class _DamagedError(Exception):
     """A checkpoint that is not what was written."""
 
 
 class Checkpoints:
     """The checkpoints of one run, each a directory ``step-000000123``.
 
-    A directory gets its name when everything in it is on the disk, a manifest with the SHA-256 of
-    every file last. The newest three are kept.
+    A directory gets its name when everything in it is on the disk, last of all a manifest with the
+    SHA-256 of every file. The newest three are kept.
 
     Parameters
     ----------
-    directory : Path
+    directory : str or path
         Created with the first checkpoint.
     identity : mapping
-        Whatever decides the result of the run, by name, as JSON values: a checkpoint goes on only
-        in a run with the same.
+        Whatever decides the result of the run, by name, as JSON values and NumPy arrays, of which
+        a digest is kept: only a run with the same identity can resume from a checkpoint.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> checkpoints = Checkpoints(folder.name, {"seed": 1})
+    >>> path = checkpoints.save(20, lambda new: (new / "state").write_text("half way"))
+    >>> path.name, checkpoints.newest() == path
+    ('step-000000020', True)
+    >>> Checkpoints(folder.name, {"seed": 2}).newest()  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    scratchbn.train.checkpoint.CheckpointError: ...step-000000020 is of another run: seed 1, now 2
+    >>> folder.cleanup()
     """
 
-    def __init__(self, directory: Path, identity: Mapping[str, Any]) -> None:
-        self.directory = directory
-        self._identity = json.loads(json.dumps(identity))
+    def __init__(self, directory: PathLike, identity: Mapping[str, Any]) -> None:
+        self.directory = Path(directory)
+        self._identity = json.loads(json.dumps(identity, default=_digest))
 
     def steps(self) -> list[int]:
         """Return the steps that have a checkpoint, good or not, in order."""
@@ -59,7 +78,7 @@ class Checkpoints:
         """Return where the checkpoint of a step is."""
         return self.directory / _NAME.format(step)
 
-    def newest(self, say: Callable[[str], None]) -> Path | None:
+    def newest(self, say: Callable[[str], None] = lambda line: None) -> Path | None:
         """Return the newest good checkpoint, or None if there are none at all.
 
         Parameters
@@ -77,8 +96,8 @@ class Checkpoints:
             path = self.path(step)
             try:
                 manifest = _verify(path)
-            except _TornError as torn:
-                say(f"{path} is damaged ({torn}), passed over")
+            except _DamagedError as damage:
+                say(f"{path} is damaged ({damage}), passed over")
                 continue
             self._check_identity(path, manifest)
             return path
@@ -88,17 +107,7 @@ class Checkpoints:
             )
         return None
 
-    def refuse_others(self) -> None:
-        """Raise CheckpointError if there are checkpoints of another run."""
-        for step in self.steps():
-            path = self.path(step)
-            try:
-                manifest = _verify(path)
-            except _TornError:
-                continue
-            self._check_identity(path, manifest)
-
-    def save(self, step: int, write: Callable[[Path], None]) -> Path:
+    def save(self, step: int, write: Callable[[Path], Any]) -> Path:
         """Write a checkpoint, and remove all but the newest three up to it.
 
         Parameters
@@ -118,13 +127,13 @@ class Checkpoints:
         CheckpointError
             If there are checkpoints of another run, or the disk refuses; the others stay.
         """
-        self.refuse_others()
+        self._refuse_other_runs()
         path = self.path(step)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            for left_over in self.directory.glob(f"{_UNFINISHED}*"):  # by a run that was killed
+            for left_over in self.directory.glob(f"{UNFINISHED}*"):  # by a run that was killed
                 shutil.rmtree(left_over, ignore_errors=True)
-            staging = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=self.directory))
+            staging = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=self.directory))
             try:
                 write(staging)
                 self._seal(staging, step)
@@ -140,6 +149,14 @@ class Checkpoints:
             shutil.rmtree(self.path(old), ignore_errors=True)
         return path
 
+    def _refuse_other_runs(self) -> None:
+        for step in self.steps():
+            try:
+                manifest = _verify(self.path(step))
+            except _DamagedError:
+                continue
+            self._check_identity(self.path(step), manifest)
+
     def _seal(self, staging: Path, step: int) -> None:
         files = {file.name: _sha256(file) for file in sorted(staging.iterdir())}
         for name in files:
@@ -150,12 +167,11 @@ class Checkpoints:
         _sync(staging)
 
     def _check_identity(self, path: Path, manifest: dict[str, Any]) -> None:
-        found = manifest["run"]
-        names = dict.fromkeys([*self._identity, *found])
+        theirs, ours = manifest["run"], self._identity
         different = [
-            f"{name} {found.get(name)!r}, now {self._identity.get(name)!r}"
-            for name in names
-            if found.get(name) != self._identity.get(name)
+            f"{name} {theirs.get(name)!r}, now {ours.get(name)!r}"
+            for name in dict.fromkeys([*ours, *theirs])
+            if theirs.get(name) != ours.get(name)
         ]
         if different:
             raise CheckpointError(f"{path} is of another run: {'; '.join(different)}")
@@ -168,17 +184,21 @@ def _verify(path: Path) -> dict[str, Any]:
         files = dict(manifest["sha256"])
         known = manifest["format"] == _FORMAT and isinstance(manifest["run"], dict)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _TornError(f"no manifest: {type(error).__name__}") from error
+        raise _DamagedError(f"no manifest: {type(error).__name__}") from error
     if not known:
-        raise _TornError(f"its format is not {_FORMAT}")
+        raise _DamagedError(f"its format is not {_FORMAT}")
     for name, expected in files.items():
         try:
-            found = _sha256(path / name)
+            actual = _sha256(path / name)
         except OSError as error:
-            raise _TornError(f"{name}: {error.strerror}") from error
-        if found != expected:
-            raise _TornError(f"{name} has changed")
+            raise _DamagedError(f"{name}: {error.strerror}") from error
+        if actual != expected:
+            raise _DamagedError(f"{name} has changed")
     return manifest
+
+
+def _digest(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()[:16]
 
 
 def _sha256(path: Path) -> str:
