@@ -7,6 +7,7 @@ from pathlib import Path
 
 import scratchbn
 from scratchbn import BackendError, ScratchBatchNorm, native
+from scratchbn.native import _build
 
 # isort: split
 import kernel_cases
@@ -89,9 +90,9 @@ def test_data_of_unknown_shape_is_an_error_and_no_crash(kernel):
 def test_the_build_for_any_processor_gives_the_formulas_on_three_threads(cache):
     program = (
         "import scratchbn, runpy, sys\n"
-        "from scratchbn import native\n"
-        "native._processor_features = set\n"
-        "assert not set(native._X86_64_V3) & set(native._flags())\n"
+        "from scratchbn.native import _build\n"
+        "_build._processor_features = set\n"
+        "assert not set(_build._X86_64_V3) & set(_build._flags())\n"
         "sys.exit(runpy.run_module('kernel_cases', run_name='__main__'))"
     )
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
@@ -117,7 +118,7 @@ def test_a_library_is_built_once_for_each_source_and_processor(cache, monkeypatc
     assert first.stat().st_mtime_ns == written
     assert native.build(force=True) == first
     assert first.stat().st_mtime_ns > written
-    monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, "-DANOTHER"))
+    monkeypatch.setattr(_build, "_FLAGS", (*_build._FLAGS, "-DANOTHER"))
     assert native.library_path() != first
     monkeypatch.undo()
     monkeypatch.setenv("SCRATCHBN_CACHE", str(cache.parent))
@@ -141,7 +142,7 @@ def test_without_a_compiler_the_error_says_what_to_install(cache, monkeypatch):
 
 @compiles
 def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(cache, monkeypatch):
-    monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, "--no-such-flag"))
+    monkeypatch.setattr(_build, "_FLAGS", (*_build._FLAGS, "--no-such-flag"))
     with pytest.raises(BackendError, match=r"(?s)could not build the kernel.*no-such-flag"):
         native.build()
     assert list(cache.iterdir()) == []
