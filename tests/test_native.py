@@ -46,6 +46,35 @@ def test_every_walk_gives_the_formulas(kernel, shape, axis, dtype, relu, trainin
     assert error < kernel_cases.CLOSE[dtype]
 
 
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("shape", "axis"), [*kernel_cases.SHAPES, *kernel_cases.ONE_VALUE_PER_CHANNEL]
+)
+def test_equal_elements_and_equal_gradients_give_zeros(kernel, shape, axis, dtype, relu):
+    dx, dgamma = kernel_cases.exact_zeros(shape, axis, dtype, relu, hybrid=relu)
+    assert dx.shape == shape
+    assert not dx.any()
+    assert not dgamma.any()
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+def test_an_empty_batch_gives_gradients_of_zero(kernel, axis):
+    layer = ScratchBatchNorm(axis=axis, in_channels=3)
+    layer.initialize()
+    mean = layer.running_mean.data().asnumpy()
+    with mx.util.np_shape(True):
+        x = mx.nd.zeros((0, 3, 3))
+        x.attach_grad()
+        with scratchbn.use_backend("native"), autograd.record():
+            y = layer(x)
+        y.backward()
+        assert x.grad.shape == (0, 3, 3)
+    assert not layer.gamma.grad().asnumpy().any()
+    assert not layer.beta.grad().asnumpy().any()
+    assert (layer.running_mean.data().asnumpy() == mean).all()
+
+
 @pytest.mark.parametrize(("shape", "axis"), [((8, 3, 40, 40), 1), ((5000, 7), 1)])
 def test_a_large_mean_costs_nothing(kernel, shape, axis):
     x = np.random.default_rng(0).normal(1e5, 1, shape).astype(np.float32)
