@@ -30,6 +30,7 @@ from mxnet.attribute import AttrScope
 from mxnet.gluon import Block, HybridBlock
 from mxnet.name import NameManager
 
+from . import native
 from ._backend import use_backend
 
 Array = Any
@@ -381,7 +382,6 @@ def compiled_batch_norm(
     NDArray or Symbol
         Of `x`'s shape and dtype.
     """
-    operator = F._internal._scratchbn_batch_norm
     running_mean, running_var, *counter = stored
     # MXNet overwrites the gradient of an extension's input also where grad_req is 'add'.
     if is_symbol(x):
@@ -398,7 +398,9 @@ def compiled_batch_norm(
     before = writes.get(_variable_key(running_mean)) if writes else None
     if before is not None:  # a layer that is called twice writes in the order of the calls
         flag = after(F, flag, F.cast(F.slice_axis(before.done, 0, 0, 1), "float32"))
-    y, _, done = operator(x, gamma, beta, running_mean, running_var, flag, *counter, **options)
+    y, done = native.batch_norm(
+        F, x, gamma, beta, running_mean, running_var, flag, *counter, **options
+    )
     if is_symbol(x):
         _trace.compiled = True
         for variable in stored:

@@ -12,8 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from ._build import BackendError, compile_library, compiler, library_path, no_compiler
+from ._operator import batch_norm
 
-__all__ = ["BackendError", "available", "build", "compiler", "facts", "library_path", "load"]
+__all__ = [
+    "BackendError",
+    "available",
+    "batch_norm",
+    "build",
+    "compiler",
+    "facts",
+    "library_path",
+    "load",
+]
 
 
 class _Kernel:

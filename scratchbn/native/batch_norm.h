@@ -32,9 +32,9 @@ struct Saved {
   T *high, *low, *inverse_std;
 };
 
-// Coefficients of a channel: an element x becomes (x - high) * factor + offset.
-// An element of dy becomes factor (dy - mean) + slope (x - high) + level in dx; until the mean of dy
-// is known, `mean` is a reference that its sum is measured from.
+// Coefficients of a channel. An element x becomes y = (x - high) * factor + offset, an element of dy
+// becomes dx = factor (dy - mean) + slope (x - high) + level; until the mean of dy is known, `mean`
+// is a reference that its sum is measured from.
 enum Coefficient : size_t { kHigh, kFactor, kOffset, kMean, kSlope, kLevel };
 
 template <typename V, typename K>
@@ -155,8 +155,8 @@ auto output(const Layer<T>& layer, const Coefficients<T, 3>& coefficients, T* y)
   });
 }
 
-// y = gamma (x - mean) / sqrt(variance + epsilon) + beta with the statistics of the batch, which are
-// returned in `mean` and `variance` (biased).
+// y = gamma (x - mean) / sqrt(variance + epsilon) + beta with the statistics of the batch, which
+// are returned in `mean` and `variance` (biased).
 template <typename T>
 void train(const Layer<T>& layer, Saved<T> saved, T* y, T* mean, T* variance) {
   Coefficients<T, 3> coefficients(layer.view.C);

@@ -7,6 +7,11 @@
 //
 // Attributes come as Python writes them: True and False, None, numbers.
 //
+// MXNet 1.9.1 copies the shapes of the inputs into a buffer that it sizes by the sum of their
+// ranks, where an unknown shape counts -1: with some known and some unknown it writes past the end.
+// So it is shown one input, data; the others must be declared as "extra" inputs, whose shapes and
+// types it does not infer. `_operator.py` does both; `check` is what is left to do here.
+//
 // Errors carry no text: MXNet's store of error messages is not thread-safe.
 
 #include <locale.h>
@@ -33,7 +38,9 @@ using mxnet::ext::OpResource;
 using Attributes = std::unordered_map<std::string, std::string>;
 using Shape = std::vector<unsigned>;
 
-enum Tensor : size_t {
+constexpr unsigned kUnknown = -1u;  // a size that MXNet does not know yet
+
+enum Tensor {
   kData, kGamma, kBeta, kRunningMean, kRunningVar, kFlag, kNumBatches,  // inputs
   kOut = 0, kSaved, kToken, kOutputs                                    // outputs
 };
@@ -74,7 +81,7 @@ struct Options {
         relu(truth(attributes.at("relu"))),
         unbiased(truth(attributes.at("unbiased_variance"))) {}
 
-  size_t inputs() const { return cumulative ? kNumBatches + 1 : kFlag + 1; }
+  int inputs() const { return cumulative ? kNumBatches + 1 : kFlag + 1; }
 
   int axis;
   double epsilon;
@@ -96,19 +103,15 @@ MXReturnValue with_options(const Attributes& attributes, F f) {
 
 MXReturnValue parse_attributes(const Attributes& attributes, int* inputs, int* outputs) {
   return with_options(attributes, [&](const Options& options) {
-    *inputs = int(options.inputs());
-    *outputs = int(kOutputs);
+    *inputs = 1;
+    *outputs = kOutputs;
+    require(integer(attributes.at(MX_STR_EXTRA_INPUTS)) == options.inputs() - 1);
   });
 }
 
 MXReturnValue infer_type(const Attributes&, std::vector<int>* in, std::vector<int>* out) {
-  int type = -1;
-  for (size_t i = in->size(); i-- > 0;) {  // the parameters before the data
-    if (i != kFlag && type == -1) type = (*in)[i];
-  }
-  if (type != -1 && type != mxnet::ext::kFloat32 && type != mxnet::ext::kFloat64) return MX_FAIL;
-  in->assign(in->size(), type);  // MXNet reports an input of another type
-  (*in)[kFlag] = mxnet::ext::kFloat32;
+  int& type = in->front();
+  if (type != -1 && type != mxnet::ext::kFloat64) type = mxnet::ext::kFloat32;  // MXNet reports another
   out->assign(kOutputs, type);
   return MX_SUCCESS;
 }
@@ -123,10 +126,9 @@ size_t channel_axis(const Options& options, size_t rank) {
 MXReturnValue infer_shape(const Attributes& attributes, std::vector<Shape>* in,
                           std::vector<Shape>* out) {
   return with_options(attributes, [&](const Options& options) {
-    const Shape& data = (*in)[kData];
+    const Shape& data = in->front();
     const unsigned channels = data[channel_axis(options, data.size())];
-    for (size_t i = kGamma; i <= kRunningVar; ++i) (*in)[i] = {channels};
-    for (size_t i = kFlag; i < options.inputs(); ++i) (*in)[i] = {1};
+    for (const unsigned size : data) require(size != kUnknown);
     (*out)[kOut] = data;
     (*out)[kSaved] = {3, channels};
     (*out)[kToken] = {channels};
@@ -149,14 +151,24 @@ scratchbn::View view_of(const MXTensor& data, const Options& options) {
   return view;
 }
 
+// What MXNet was not shown: the shapes and types of the inputs but data.
+void check(const Options& options, const MXTensor* in) {
+  const int64_t channels = view_of(in[kData], options).C;
+  for (int i = kGamma; i < options.inputs(); ++i) {
+    require(in[i].shape == std::vector<int64_t>{i < kFlag ? channels : 1});
+    require(in[i].dtype == (i == kFlag ? mxnet::ext::kFloat32 : in[kData].dtype));
+  }
+}
+
 template <typename T>
-scratchbn::Layer<T> layer_of(const Options& options, std::vector<MXTensor>& tensors, size_t first) {
-  return {view_of(tensors[first + kData], options),
+scratchbn::Layer<T> layer_of(const Options& options, MXTensor* in) {
+  check(options, in);
+  return {view_of(in[kData], options),
           options.epsilon,
           options.relu,
-          tensors[first + kData].data<T>(),
-          options.scale ? tensors[first + kGamma].data<T>() : nullptr,
-          options.center ? tensors[first + kBeta].data<T>() : nullptr};
+          in[kData].data<T>(),
+          options.scale ? in[kGamma].data<T>() : nullptr,
+          options.center ? in[kBeta].data<T>() : nullptr};
 }
 
 template <typename T>
@@ -186,8 +198,8 @@ void move_averages(const Options& options, const scratchbn::View& view,
 }
 
 template <typename T>
-void forward(const Options& options, std::vector<MXTensor>& in, std::vector<MXTensor>& out) {
-  const scratchbn::Layer<T> layer = layer_of<T>(options, in, 0);
+void forward(const Options& options, MXTensor* in, MXTensor* out) {
+  const scratchbn::Layer<T> layer = layer_of<T>(options, in);
   const int64_t channels = layer.view.C;
   const auto saved = saved_in<T>(out[kSaved], channels);
   T *running_mean = in[kRunningMean].data<T>(), *running_var = in[kRunningVar].data<T>();
@@ -205,15 +217,16 @@ void forward(const Options& options, std::vector<MXTensor>& in, std::vector<MXTe
 
 // Inputs: the gradients of the outputs, then the inputs and the outputs of the forward.
 template <typename T>
-void backward(const Options& options, std::vector<MXTensor>& in, std::vector<MXTensor>& out) {
-  const scratchbn::Layer<T> layer = layer_of<T>(options, in, kOutputs);
+void backward(const Options& options, MXTensor* gradients, MXTensor* out) {
+  MXTensor* in = gradients + kOutputs;
+  const scratchbn::Layer<T> layer = layer_of<T>(options, in);
   const int64_t channels = layer.view.C;
-  const auto saved = saved_in<T>(in[kOutputs + options.inputs() + kSaved], channels);
+  const auto saved = saved_in<T>(in[options.inputs() + kSaved], channels);
   T *dgamma = out[kGamma].data<T>(), *dbeta = out[kBeta].data<T>();
-  const bool trained = *in[kOutputs + kFlag].data<float>() != 1, empty = layer.view.empty();
+  const bool trained = *in[kFlag].data<float>() != 1, empty = layer.view.empty();
   if (!empty) {
-    scratchbn::backward(layer, saved, trained, in[kOut].data<T>(), out[kData].data<T>(), dgamma,
-                        dbeta);
+    scratchbn::backward(layer, saved, trained, gradients[kOut].data<T>(), out[kData].data<T>(),
+                        dgamma, dbeta);
   }
   if (dgamma && (empty || !options.scale)) std::fill_n(dgamma, channels, T(0));
   if (dbeta && (empty || !options.center)) std::fill_n(dbeta, channels, T(0));
@@ -223,11 +236,12 @@ template <bool is_forward>
 MXReturnValue compute(const Attributes& attributes, std::vector<MXTensor>* in,
                       std::vector<MXTensor>* out, const OpResource&) {
   return with_options(attributes, [&](const Options& options) {
-    const bool single = in->front().dtype == mxnet::ext::kFloat32;
+    MXTensor *from = in->data(), *to = out->data();
+    const bool single = from->dtype == mxnet::ext::kFloat32;
     if (is_forward) {
-      single ? forward<float>(options, *in, *out) : forward<double>(options, *in, *out);
+      single ? forward<float>(options, from, to) : forward<double>(options, from, to);
     } else {
-      single ? backward<float>(options, *in, *out) : backward<double>(options, *in, *out);
+      single ? backward<float>(options, from, to) : backward<double>(options, from, to);
     }
   });
 }
