@@ -25,17 +25,14 @@ bench: $(READY)
 	$(BIN)/python scripts/benchmark.py $(ARGS)
 
 # The kernel's and the contract's tests on a kernel that GCC's sanitizers watch, built beside the
-# usual one; what Python and MXNet leak at exit is not reported. ARGS="-k layout" for some of them.
+# usual one; what Python and MXNet leak at exit is not reported. ARGS="-k blocked" for some of them.
 SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
-sanitize: export CXX := g++
-sanitize: export SCRATCHBN_CACHE := $(CURDIR)/build/sanitize
-sanitize: export SCRATCHBN_CXXFLAGS := $(SANITIZE)
+SANITIZED := CXX=g++ SCRATCHBN_CACHE=$(CURDIR)/build/sanitize SCRATCHBN_CXXFLAGS="$(SANITIZE)" \
+  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 sanitize: $(READY)
-	$(BIN)/python -c "from scratchbn import native; native.build()"
-	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(BIN)/python -m pytest -n 2 --backend native tests/test_native.py tests/test_hazards.py \
-	  tests/test_backend.py tests/test_conformance.py tests/test_contract_*.py $(ARGS)
+	$(SANITIZED) $(BIN)/python -c "from scratchbn import native; native.build()"
+	$(SANITIZED) LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	  $(BIN)/python -m pytest -n 2 --backend native tests/backends tests/contract $(ARGS)
 
 # Random nets in child processes, ours and the built-in; ARGS="--minutes 30".
 soak: $(READY)
@@ -48,7 +45,7 @@ lint: $(READY)
 
 # The suite on the mxnet-cu112 wheel, in .venv-cu112 (several GB), with or without an NVIDIA driver.
 test-cu112: $(READY)
-	$(BIN)/python scripts/test_cu112.py $(ARGS)
+	$(BIN)/python scripts/suite_on_cu112.py $(ARGS)
 
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 9) <= sys.version_info < (3, 12))' || \

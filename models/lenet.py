@@ -13,6 +13,8 @@ from scratchbn import ScratchBatchNorm
 import mxnet as mx
 from mxnet.gluon import nn
 
+from ._norm import check_options
+
 __all__ = ["INITIALIZATIONS", "initialize", "lenet"]
 
 INITIALIZATIONS = ("tutorial", "xavier")
@@ -67,15 +69,7 @@ def lenet(
     >>> net(mx.nd.zeros((2, 1, 28, 28))).shape
     (2, 10)
     """
-    if norm_layer is not None and not callable(norm_layer):
-        raise TypeError(f"norm_layer must be a layer class or None, got {norm_layer!r}")
-    if norm_layer is None and norm_kwargs:
-        raise TypeError(f"norm_kwargs={dict(norm_kwargs)!r} needs a norm_layer, got None")
-    if isinstance(classes, bool) or not isinstance(classes, int):
-        raise TypeError(f"classes must be an integer, got {classes!r}")
-    if classes < 1:
-        raise ValueError(f"classes must be at least 1, got {classes!r}")
-
+    check_options(norm_layer, norm_kwargs, classes)
     net = nn.HybridSequential(prefix=prefix, params=params)
 
     def add(layer: Any) -> None:

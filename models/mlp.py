@@ -5,7 +5,7 @@ Source: Ioffe & Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from scratchbn import ScratchBatchNorm
@@ -13,6 +13,8 @@ from scratchbn import ScratchBatchNorm
 import mxnet as mx
 import numpy as np
 from mxnet.gluon import nn
+
+from ._norm import check_options
 
 __all__ = ["HIDDEN_LAYERS", "HIDDEN_UNITS", "binarize", "initialize", "mlp"]
 
@@ -63,6 +65,10 @@ def mlp(
     classes: int = 10,
     prefix: str | None = None,
     params: Any = None,
+    *,
+    hidden: Sequence[int] = (HIDDEN_UNITS,) * HIDDEN_LAYERS,
+    activation: str = "sigmoid",
+    use_bias: bool | None = None,
 ) -> nn.HybridSequential:
     """Build the paper's net: three layers of 100 sigmoid units, and one score for each class.
 
@@ -72,8 +78,7 @@ def mlp(
     Parameters
     ----------
     norm_layer : callable or None
-        Called as ``norm_layer(**norm_kwargs)`` for each of the three norm layers. None leaves them
-        out, and the dense layers have a bias.
+        Called as ``norm_layer(**norm_kwargs)`` for each of the norm layers. None leaves them out.
     norm_kwargs : mapping, optional
         Options of the norm layer.
     classes : int
@@ -81,6 +86,12 @@ def mlp(
     prefix, params : optional
         See ``mxnet.gluon.Block``. Together they share the Parameters of another net, given as
         ``net.prefix`` and ``net.collect_params()``.
+    hidden : sequence of int
+        Units of each hidden layer.
+    activation : str
+        Of the hidden layers.
+    use_bias : bool, optional
+        Whether the hidden layers have a bias; default: only without norm layers.
 
     Returns
     -------
@@ -104,22 +115,16 @@ def mlp(
     >>> net(mx.nd.zeros((2, 784))).shape
     (2, 10)
     """
-    if norm_layer is not None and not callable(norm_layer):
-        raise TypeError(f"norm_layer must be a layer class or None, got {norm_layer!r}")
-    if norm_layer is None and norm_kwargs:
-        raise TypeError(f"norm_kwargs={dict(norm_kwargs)!r} needs a norm_layer, got None")
-    if isinstance(classes, bool) or not isinstance(classes, int):
-        raise TypeError(f"classes must be an integer, got {classes!r}")
-    if classes < 1:
-        raise ValueError(f"classes must be at least 1, got {classes!r}")
-
+    check_options(norm_layer, norm_kwargs, classes)
+    if use_bias is None:
+        use_bias = norm_layer is None
     net = nn.HybridSequential(prefix=prefix, params=params)
     with net.name_scope():
-        for _ in range(HIDDEN_LAYERS):
-            net.add(nn.Dense(HIDDEN_UNITS, use_bias=norm_layer is None))
+        for units in hidden:
+            net.add(nn.Dense(units, use_bias=use_bias))
             if norm_layer is not None:
                 net.add(norm_layer(**(norm_kwargs or {})))
-            net.add(nn.Activation("sigmoid"))
+            net.add(nn.Activation(activation))
         net.add(nn.Dense(classes))
     return net
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from scratchbn import ScratchBatchNorm, to_scratch
+from scratchbn._net import blocks_of
 
 import gluoncv
 from gluoncv.model_zoo import get_model_list
@@ -74,7 +75,9 @@ def get_model(
         )
     net, refused = _build(name, norm_layer, dict(norm_kwargs or {}), options)
     # Where the net's own layers and those asked for are of one class, only refusal tells.
-    own = _count_built_in(net) if refused or norm_layer is not nn.BatchNorm else 0
+    own = 0
+    if refused or norm_layer is not nn.BatchNorm:
+        own = sum(type(block) is nn.BatchNorm for block in blocks_of(net))
     if norm_kwargs and (own or "norm_kwargs" in refused):
         raise ValueError(
             f"norm_kwargs={dict(norm_kwargs)!r} cannot be applied: "
@@ -125,9 +128,3 @@ def _named_in(error: Exception, offered: set[str]) -> set[str]:
     if "unexpected keyword argument" in text:
         return {key for key in offered if f"'{key}'" in text}
     return set()
-
-
-def _count_built_in(net: Any) -> int:
-    found = set()
-    net.apply(lambda block: found.add(block) if type(block) is nn.BatchNorm else None)
-    return len(found)

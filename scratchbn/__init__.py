@@ -1,62 +1,41 @@
 """Batch normalization for Apache MXNet Gluon, written from scratch.
 
-Importing the package prepares the runtime (see ``scratchbn._runtime``); MXNet itself is imported
+Importing the package prepares for mxnet (see ``scratchbn.environment``); MXNet itself is imported
 with the first public name that is used.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from . import _runtime
-
-if TYPE_CHECKING:
-    from ._backend import BackendError, get_backend, set_backend, use_backend
-    from ._convert_files import convert_files
-    from ._recalibrate import recalibrate
-    from ._runtime import DeviceError, resolve_device
-    from .convert import freeze, to_builtin, to_scratch, unfreeze
-    from .layer import ScratchBatchNorm, ScratchBatchNormReLU
+from .environment import help as _help
+from .environment import prepare as _prepare
 
 __version__ = "0.1.0"
-__all__ = [
-    "BackendError",
-    "DeviceError",
-    "ScratchBatchNorm",
-    "ScratchBatchNormReLU",
-    "convert_files",
-    "freeze",
-    "get_backend",
-    "recalibrate",
-    "resolve_device",
-    "set_backend",
-    "to_builtin",
-    "to_scratch",
-    "unfreeze",
-    "use_backend",
-]
 
+# Each public name, and the room it lives in: imported when it is first asked for.
 _ROOMS = {
-    "BackendError": "_backend",
-    "DeviceError": "_runtime",
     "ScratchBatchNorm": "layer",
     "ScratchBatchNormReLU": "layer",
-    "convert_files": "_convert_files",
-    "freeze": "convert",
-    "get_backend": "_backend",
-    "recalibrate": "_recalibrate",
-    "resolve_device": "_runtime",
-    "set_backend": "_backend",
     "to_builtin": "convert",
     "to_scratch": "convert",
-    "unfreeze": "convert",
-    "use_backend": "_backend",
+    "freeze": "freezing",
+    "unfreeze": "freezing",
+    "recalibrate": "recalibration",
+    "convert_files": "deploy.convert_files",
+    "BackendError": "backends",
+    "get_backend": "backends",
+    "set_backend": "backends",
+    "use_backend": "backends",
+    "DeviceError": "environment.device",
+    "resolve_device": "environment.device",
 }
+__all__ = sorted(_ROOMS)
 
 _unusable: ImportError | None = None
 try:
-    _runtime.prepare()
+    _prepare.prepare()
 except ImportError as error:  # `python -m scratchbn doctor` must be able to report it
     _unusable = error
 
@@ -69,7 +48,7 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(import_module(f".{_ROOMS[name]}", __name__), name)
     except Exception as error:
-        advice = _runtime.import_error_help(error)
+        advice = _help.import_error_help(error)
         if advice is None:
             raise
         raise ImportError(advice) from error

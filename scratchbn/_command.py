@@ -51,3 +51,24 @@ def positive(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"must be positive and finite, got {text!r}")
     return value
+
+
+def named_shape(text: str) -> tuple[str, tuple[int, ...]]:
+    """Parse an option that gives the shape of an input."""
+    name, _, lengths = text.partition("=")
+    try:
+        shape = tuple(int(length) for length in lengths.split(","))
+    except ValueError:
+        shape = ()
+    if not name or not shape or min(shape) < 1:
+        raise argparse.ArgumentTypeError(f"expected NAME=N,C,... as data=1,3,224,224, got {text!r}")
+    return name, shape
+
+
+def add_job(add_argument: Callable[..., Any]) -> None:
+    """Add the options of a job on this machine, and its program with arguments."""
+    for name, count in (("workers", 2), ("servers", 1)):
+        add_argument(
+            f"--{name}", type=integer(1), default=count, metavar="N", help="default: %(default)s"
+        )
+    add_argument("program", nargs="+", metavar="command", help="the command, after --")

@@ -1,20 +1,20 @@
-"""Any Gluon net: its blocks, its norm layers, its graphs.
+"""The one adapter between this package and Gluon's private names.
 
-Gluon keeps what is asked for here under names of its own. This module and ``_graph.trace`` are
-the two places that know them.
+What is asked here of a net (its blocks, norm layers, Parameters, graphs) Gluon keeps under names of
+its own. Only this module and ``_graph.trace`` know them; MXNet is retired, so they will not change.
 """
 
 from __future__ import annotations
 
-import json
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
-from warnings import warn
 
-from mxnet.gluon import Block, HybridBlock, SymbolBlock
+from mxnet.gluon import Block, HybridBlock, Parameter, SymbolBlock, nn
+from mxnet.gluon.block import _flatten, _regroup
 from mxnet.gluon.nn.basic_layers import _BatchNorm
+from mxnet.symbol import Symbol
 
 from .layer import ScratchBatchNorm
 
@@ -28,7 +28,8 @@ BATCH_NORM_OPERATORS = frozenset(
         "_npx_batch_norm",
     }
 )
-NORM_LAYERS = (_BatchNorm, ScratchBatchNorm)
+BuiltInBatchNorm = _BatchNorm  # the base of nn.BatchNorm, nn.BatchNormReLU and SyncBatchNorm
+NORM_LAYERS = (BuiltInBatchNorm, ScratchBatchNorm)
 
 Array = Any
 Copies = list[tuple[Array, Array]]
@@ -83,6 +84,50 @@ def norm_layers(blocks: dict[Block, str]) -> Iterator[tuple[Any, str]]:
             yield block, path
 
 
+def options_of(layer: Any) -> dict[str, Any]:
+    """Return the options of a norm layer, to read or to edit, as MXNet's operator names them."""
+    return layer._kwargs
+
+
+def channel_axis(layer: Any) -> int:
+    """Return the channel axis of a norm layer; SyncBatchNorm has no option for it."""
+    return layer._kwargs.get("axis", 1)
+
+
+def has_builtin(*nets: Block) -> bool:
+    """Tell whether MXNet's own batch norm is a block of any of the nets."""
+    return any(isinstance(block, _BatchNorm) for net in nets for block in blocks_of(net))
+
+
+# --- options ----------------------------------------------------------------------------------
+
+
+def freezable(net: Block) -> list[dict[str, Any]]:
+    """Return the options of the layers that can be told to use their running statistics."""
+    options = [getattr(block, "_kwargs", None) for block in blocks_of(net)]
+    return [o for o in options if isinstance(o, dict) and "use_global_stats" in o]
+
+
+@contextmanager
+def frozen(net: Block) -> Iterator[None]:
+    """Let all norm layers use their running statistics; graphs traced before do not notice."""
+    before = [(options, options["use_global_stats"]) for options in freezable(net)]
+    try:
+        for options, _ in before:
+            options["use_global_stats"] = True
+        yield
+    finally:
+        for options, value in before:
+            options["use_global_stats"] = value
+
+
+def disable_dropout(net: Block) -> None:
+    """Set the rate of every Dropout layer to 0."""
+    for block in blocks_of(net):
+        if isinstance(block, nn.Dropout):
+            block._rate = 0.0
+
+
 # --- graphs -----------------------------------------------------------------------------------
 
 
@@ -116,60 +161,126 @@ def eager(blocks: Iterable[Block]) -> Iterator[None]:
             block._active = True
 
 
-# --- norms inside the graph of a SymbolBlock ----------------------------------------------------
+@contextmanager
+def without_hooks(blocks: Iterable[Any]) -> Iterator[None]:
+    """Take the forward hooks off blocks for a while."""
+    with ExitStack() as stack:
+        for block in blocks:
+            for name in ("_forward_hooks", "_forward_pre_hooks"):
+                stack.callback(setattr, block, name, getattr(block, name))
+                setattr(block, name, OrderedDict())
+        yield
 
 
-def hidden_builtin(block: SymbolBlock) -> int:
-    """Count the built-in's nodes in the graph of a block."""
-    nodes = json.loads(graph_of(block).tojson())["nodes"]
-    return sum(node["op"] in BATCH_NORM_OPERATORS for node in nodes)
+def flatten(arrays: Any) -> tuple[list[Any], Any]:
+    """Return what nested lists of arrays or symbols hold, None included, and their structure."""
+    flat, structure = _flatten(arrays, "input")
+    return flat, structure
 
 
-def hidden_scratch(block: SymbolBlock) -> int:
-    """Count our layers in the graph of a block: running variances no built-in node reads."""
-    graph = graph_of(block)
-    nodes = json.loads(graph.tojson())["nodes"]
-    read = {
-        nodes[i[0]]["name"]
-        for node in nodes
-        if node["op"] in BATCH_NORM_OPERATORS
-        for i in node["inputs"]
-    }
-    states = set(graph.list_auxiliary_states())
-    return sum(name.endswith("running_var") for name in states - read)
+def regroup(flat: list[Any], structure: Any) -> Any:
+    """Put what :func:`flatten` returned back into nested lists."""
+    return _regroup(flat, structure)
 
 
-def hidden_states(blocks: Iterable[Block]) -> list[Any]:
-    """Return the running statistics in the graphs of blocks that have no layers."""
+# --- the graph that runs a hybridized block -----------------------------------------------------
+
+
+def runs_own_graph(block: Any) -> bool:
+    """Tell whether a block is hybridized, and its graph not rewritten by a backend of MXNet."""
+    return block._active and not block._backend
+
+
+def accepts(block: Any, arguments: tuple[Any, ...]) -> bool:
+    """Tell whether a block's graph takes the arguments: arrays, nested as in its first call."""
+    arrays, structure = _flatten(arguments, "input")
+    if any(isinstance(array, Symbol) for array in arrays):
+        return False
+    return block._cached_op is None or structure == block._in_format
+
+
+def build_cached_op(block: Any, arguments: tuple[Any, ...]) -> None:
+    """Build what runs a hybridized block, if it has not been called yet."""
+    if block._cached_op is None:
+        with next(a.ctx for a in _flatten(arguments, "input")[0] if a is not None):
+            block._build_cache(*arguments)
+
+
+def cached_op(block: Any) -> Any:
+    """Return what runs a hybridized block, a CachedOp; None before its first call."""
+    return block._cached_op
+
+
+def set_cached_op(block: Any, op: Any) -> None:
+    """Make something else run a hybridized block."""
+    block._cached_op = op
+
+
+def inputs_of_cached_op(block: Any, data: list[Symbol]) -> list[tuple[bool, str]]:
+    """Return what a block's CachedOp takes, in order: whether it is data, and its name."""
     return [
-        block.params[name]
-        for block in blocks
-        if isinstance(block, SymbolBlock)
-        for name in graph_of(block).list_auxiliary_states()
+        (is_data, data[source].name if is_data else source.name)
+        for is_data, source in block._cached_op_args
     ]
 
 
-def warn_of_hidden(blocks: dict[Block, str], outcome: str) -> None:
-    """Warn the caller's caller of norms that are nodes of a graph and "were not frozen", say."""
-    for block, path in blocks.items():
-        if not isinstance(block, SymbolBlock):
-            continue
-        hidden = hidden_builtin(block) + hidden_scratch(block)
-        if hidden:
-            warn(
-                f"{path or 'the net'} ({type(block).__name__}): {hidden} batch normalizations are "
-                f"nodes of its graph and {outcome}",
-                UserWarning,
-                stacklevel=3,
-            )
+def retrace(block: Any, arguments: tuple[Any, ...]) -> tuple[list[Symbol], Symbol]:
+    """Trace a block once more, and return the inputs and the graph; its own graph stays."""
+    kept = block._cached_graph, block._in_format, block._out_format
+    try:
+        block._cached_graph = ()
+        return block._get_graph(*arguments)
+    finally:
+        block._cached_graph, block._in_format, block._out_format = kept
 
 
-# --- values -------------------------------------------------------------------------------------
+# --- Parameters ---------------------------------------------------------------------------------
+
+
+def own_parameters(block: Any) -> dict[str, Any]:
+    """Return the Parameters of a block without those of its children, by attribute name."""
+    return block._reg_params
+
+
+def can_have_gradient(parameter: Any) -> bool:
+    """Tell whether a Parameter was created differentiable, whatever its grad_req is now."""
+    return parameter._differentiable
+
+
+def values_of(parameter: Any) -> list[Array]:
+    """Return the arrays of a Parameter, one for each device; none before it has a value."""
+    return parameter._data or []
+
+
+def averaged(parameter: Any) -> Array:
+    """Return the value of a Parameter on the CPU, averaged over devices."""
+    return parameter._reduce()
+
+
+def parameters_of(net: Block) -> dict[str, Parameter]:
+    """Return the parameters of a net by structural name, such as ``0.gamma``."""
+    return dict(net._collect_params_with_prefix())
+
+
+def has_value(parameter: Parameter) -> bool:
+    """Tell whether a parameter is initialized."""
+    return parameter._data is not None
+
+
+def initialize_now(parameter: Parameter, init: Any, device: Any) -> None:
+    """Give a parameter new arrays, whatever it has and whatever was deferred."""
+    parameter._deferred_init = ()
+    parameter.initialize(init, ctx=device, force_reinit=True)
+
+
+def detach_trainer(parameter: Parameter) -> None:
+    """Make a parameter forget its trainer, whose key store ``set_data`` would reset."""
+    parameter._set_trainer(None)
 
 
 def copies_of(parameters: Iterable[Any]) -> Copies:
     """Copy the values of Parameters, on each device; those without a value are left out."""
-    return [(value, value.copy()) for p in parameters for value in p._data or ()]
+    return [(value, value.copy()) for p in parameters for value in values_of(p)]
 
 
 def put_back(copies: Copies) -> None:

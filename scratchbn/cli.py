@@ -1,4 +1,8 @@
-"""The command line: ``scratchbn <command>`` or ``python -m scratchbn <command>``."""
+"""The command line: ``scratchbn <command>`` or ``python -m scratchbn <command>``.
+
+What needs mxnet is imported by its command, so that ``--help`` is quick and both it and ``doctor``
+work with a broken mxnet.
+"""
 
 from __future__ import annotations
 
@@ -7,222 +11,49 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from scratchbn import _runtime
-
-Section = tuple[str, list[tuple[str, str]]]
-
-
-@dataclass(frozen=True)
-class Command:
-    """One subcommand; a row of :data:`COMMANDS`.
-
-    Attributes
-    ----------
-    name, help : str
-        What the user types, and one line about it.
-    add_arguments : callable
-        Takes the subcommand's parser and adds its arguments.
-    run : callable
-        Takes the parsed arguments and returns the exit status. What it needs beyond the standard
-        library it imports itself, so that ``--help`` stays quick and works with a broken mxnet.
-    """
-
-    name: str
-    help: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int]
+from scratchbn import native
+from scratchbn._command import add_job, integer, named_shape
+from scratchbn._text import rich_table
+from scratchbn.environment import doctor
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
-
-    Parameters
-    ----------
-    argv : sequence of str, optional
-        Arguments without the program name; by default those of the process.
-
-    Returns
-    -------
-    int
-        Exit status.
-
-    Raises
-    ------
-    SystemExit
-        By argparse: status 0 after ``--help``, 2 after arguments it does not know.
-    """
-    parser = argparse.ArgumentParser(
-        prog="scratchbn", description="Batch normalization for MXNet Gluon, written from scratch."
-    )
-    subparsers = parser.add_subparsers(title="commands", required=True, metavar="command")
-    for command in COMMANDS:
-        subparser = subparsers.add_parser(command.name, help=command.help, description=command.help)
-        command.add_arguments(subparser)
-        subparser.set_defaults(run=command.run)
-    arguments = parser.parse_args(argv)
-    status: int = arguments.run(arguments)
+    """Run one command, by default that of the process; return its exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+    except (OSError, ValueError, ImportError, native.BackendError) as error:
+        print(f"scratchbn {arguments.command}: {error}", file=sys.stderr)
+        return 1
     return status
 
 
-def _add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON for programs to read")
-
-
-def _run_doctor(arguments: argparse.Namespace) -> int:
-    facts = _runtime.doctor_facts()
+def _doctor(arguments: argparse.Namespace) -> int:
+    """Report Python, numpy, mxnet, CUDA, GPUs, the device in use and the data found."""
+    facts = doctor.doctor_facts()
     if arguments.json:
         print(json.dumps(facts, indent=2))
-    elif sys.stdout.isatty() and importlib.util.find_spec("rich") is not None:
-        _print_rich(_sections(facts))
+    elif console := _terminal():
+        for table in doctor.rich_tables(facts):
+            console.print(table)
     else:
-        _print_plain(_sections(facts))
+        print(doctor.text(facts))
     return 0 if facts["mxnet"]["error"] is None else 1
 
 
-def _sections(facts: dict[str, Any]) -> list[Section]:
-    """Lay out the facts as titled lists of (name, value)."""
-    mxnet, cuda, device = facts["mxnet"], facts["cuda"], facts["device"]
-    backend = facts["backend"]
-    features = mxnet["features"]
-    sections: list[Section] = [
-        (
-            "System",
-            [
-                ("scratchbn", facts["scratchbn"] or "not installed, run from its source tree"),
-                ("Python", f"{facts['python']['version']}  {facts['python']['executable']}"),
-                ("platform", facts["platform"]["system"]),
-                ("CPUs", str(facts["platform"]["cpus"])),
-                ("numpy", facts["numpy"]),
-                *facts["environment"].items(),
-            ],
-        ),
-        (
-            "mxnet",
-            [
-                ("distribution", _listed(mxnet["distributions"]) or "none"),
-                ("import", mxnet["error"] or f"works, {mxnet['version']}  {mxnet['path']}"),
-                ("built with", " ".join(name for name, on in features.items() if on) or "unknown"),
-                ("without", " ".join(name for name, on in features.items() if not on)),
-            ],
-        ),
-        (
-            "CUDA",
-            [
-                ("driver", cuda["problem"] or f"supports CUDA {cuda['driver_supports']}"),
-                *[(f"gpu({gpu['index']})", _gpu_text(gpu)) for gpu in cuda["gpus"]],
-                *[
-                    (name, f"{library['version'] or 'version unknown'}  {library['path']}")
-                    for name, library in cuda["libraries"].items()
-                ],
-                *([] if cuda["libraries"] else [("libraries", "none from nvidia-*-cu11")]),
-            ],
-        ),
-        (
-            "Device",
-            [("auto", "unknown" if device is None else f"{device['auto']}: {device['because']}")],
-        ),
-        (
-            "Backend",
-            [
-                ("chosen", backend["chosen"]),
-                ("auto on a CPU", backend["auto"]),
-                ("on a GPU", "portable"),
-                ("kernel", backend["problem"] or backend["library"]),
-                ("compiler", backend["compiler"] or "none found"),
-            ],
-        ),
-        (
-            "Optional packages",
-            [(name, version or "not installed") for name, version in facts["packages"].items()],
-        ),
-        ("Data", list(facts["data"].items())),
-        ("Advice", [("!", line) for line in facts["advice"]]),
-    ]
-    return [(title, [row for row in rows if row[1]]) for title, rows in sections if rows]
-
-
-def _listed(versions: dict[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in versions.items())
-
-
-def _gpu_text(gpu: dict[str, Any]) -> str:
-    verdicts = {
-        True: "the wheel has code for it",
-        False: "the wheel has no code for it",
-        None: "not known whether this mxnet has code for it",
-    }
-    return f"{gpu['name']}, compute capability {gpu['capability']}, {verdicts[gpu['wheel_runs']]}"
-
-
-def _print_plain(sections: list[Section]) -> None:
-    width = max(len(name) for _, rows in sections for name, _ in rows)
-    for title, rows in sections:
-        print(title)
-        for name, value in rows:
-            print(f"  {name:<{width}}  {value}")
-
-
-def _print_rich(sections: list[Section]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    width = max(len(name) for _, rows in sections for name, _ in rows)
-    console = Console()
-    for title, rows in sections:
-        table = Table(
-            title=Text(title, style="bold"), title_justify="left", show_header=False, box=None
-        )
-        table.add_column(style="cyan", min_width=width, no_wrap=True)
-        table.add_column(overflow="fold")
-        for name, value in rows:
-            table.add_row(Text(name), Text(value))
-        console.print(table)
-
-
-def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be an integer that is not negative, got {text!r}")
-    return int(text)
-
-
-def _add_build_native_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--force", action="store_true", help="build it even if it is there")
-
-
-def _run_build_native(arguments: argparse.Namespace) -> int:
-    from scratchbn import native
-
-    try:
-        path = native.build(force=arguments.force)
-        if not native.available():
-            raise native.BackendError(native.facts()["problem"] or "MXNet did not load the kernel")
-    except (native.BackendError, ImportError) as error:
-        print(f"scratchbn build-native: {error}", file=sys.stderr)
-        return 1
+def _build_native(arguments: argparse.Namespace) -> int:
+    """Compile the CPU kernel that the backends 'auto' and 'native' use; needs a C++ compiler."""
+    path = native.build(force=arguments.force)
+    if not native.available():
+        raise native.BackendError(native.facts()["problem"] or "MXNet did not load the kernel")
     print(f"the compiled kernel: {path}")
     return 0
 
 
-def _add_parity_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--full", action="store_true", help="combine options; takes minutes")
-    parser.add_argument(
-        "--dtype",
-        action="append",
-        choices=("float64", "float32", "float16"),
-        help="only cases of this dtype; may be given more than once",
-    )
-    parser.add_argument(
-        "--seed", type=_natural, default=0, help="for data and parameters (default: 0)"
-    )
-    parser.add_argument("--json", metavar="FILE", help="write every comparison as JSON")
-    parser.add_argument("--html", metavar="FILE", help="write a page with the tables")
-
-
-def _run_parity(arguments: argparse.Namespace) -> int:
+def _parity(arguments: argparse.Namespace) -> int:
+    """Compare ScratchBatchNorm with MXNet's nn.BatchNorm over a grid of shapes and options."""
     from scratchbn.parity import run_grid, standard_grid
 
     cases: Any = standard_grid(full=arguments.full)
@@ -236,78 +67,56 @@ def _run_parity(arguments: argparse.Namespace) -> int:
         report.to_json(arguments.json)
     if arguments.html:
         report.to_html(arguments.html, title="ScratchBatchNorm and nn.BatchNorm")
-    if sys.stdout.isatty() and importlib.util.find_spec("rich") is not None:
-        _print_rich_table(report.verdict, *report.table())
+    if console := _terminal():
+        drawn = rich_table(report.verdict, *report.table())
+        for row, line in zip(drawn.rows, report.table()[1]):
+            row.style = "bold red" if "FAIL" in line else None
+        console.print(drawn)
     else:
         print(report)
     return 0 if report else 1
 
 
-def _print_rich_table(title: str, header: list[str], lines: list[list[str]], more: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(title, style="bold"), title_justify="left", box=None)
-    for name in header:
-        table.add_column(name, overflow="fold")
-    for line in lines:
-        style = "bold red" if "FAIL" in line else ""
-        table.add_row(*(Text(cell, style=style) for cell in line))
-    Console().print(table, more)
-
-
-def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("symbol", help="model-symbol.json")
-    parser.add_argument("params", help="model-0000.params")
-    parser.add_argument(
-        "--out", required=True, metavar="PREFIX", help="write PREFIX-symbol.json and -0000.params"
-    )
-    parser.add_argument(
-        "--shape",
-        action="append",
-        default=[],
-        type=_input_shape,
-        metavar="NAME=N,C,...",
-        help="shape of an input, as data=1,3,224,224, to run the model on; one for each input",
-    )
-
-
-def _add_fold_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_model_arguments(parser)
-    parser.add_argument(
-        "--style",
-        choices=("dwconv", "affine", "batchnorm"),
-        default="dwconv",
-        help="how to write what cannot be folded: 1x1 depthwise convolutions, multiplications and "
-        "additions, or BatchNorm nodes (default: dwconv)",
-    )
-
-
-def _input_shape(text: str) -> tuple[str, tuple[int, ...]]:
-    name, _, lengths = text.partition("=")
-    try:
-        shape = tuple(int(length) for length in lengths.split(","))
-    except ValueError:
-        shape = ()
-    if not name or not shape or min(shape) < 1:
-        raise argparse.ArgumentTypeError(f"expected NAME=N,C,... as data=1,3,224,224, got {text!r}")
-    return name, shape
-
-
-def _run_fold(arguments: argparse.Namespace) -> int:
+def _fold(arguments: argparse.Namespace) -> int:
+    """Fold the batch normalizations of an exported model into the layers before them."""
     from scratchbn import deploy
 
-    try:
-        before = deploy.load_symbol(arguments.symbol), deploy.load_params(arguments.params)
-        shapes = {**deploy.stated_shapes(*before), **dict(arguments.shape)}
-        symbol, params, report = deploy.fold(*before, shapes=shapes, style=arguments.style)
-        print(report)
-        _write_compared(before, (symbol, params), shapes, arguments.out)
-    except (OSError, ValueError) as error:
-        print(f"scratchbn fold: {error}", file=sys.stderr)
-        return 1
+    before, shapes = _model(arguments)
+    symbol, params, report = deploy.fold(*before, shapes=shapes, style=arguments.style)
+    print(report)
+    _write_compared(before, (symbol, params), shapes, arguments.out)
     return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    """Exchange ScratchBatchNorm and MXNet's BatchNorm in an exported model."""
+    from scratchbn import convert_files
+
+    before, shapes = _model(arguments)
+    unknown = sorted(shapes.keys() - set(before[0].list_inputs()))
+    if unknown:
+        raise ValueError(f"--shape must name an input of the symbol, got {unknown[0]!r}")
+    symbol, params, report = convert_files(*before, to=arguments.to)
+    for entry in report.converted:
+        print(entry)
+    print(report)
+    _write_compared(before, (symbol, params), shapes, arguments.out)
+    return 0
+
+
+def _launch(arguments: argparse.Namespace) -> int:
+    """Run a command as a job of MXNet's parameter server on this machine."""
+    from scratchbn.train.launch import launch
+
+    return launch(arguments.program, arguments.workers, arguments.servers)
+
+
+def _model(arguments: argparse.Namespace) -> tuple[tuple[Any, Any], dict[str, Any]]:
+    """Read the model, and the shapes of its inputs as far as they are stated."""
+    from scratchbn import deploy
+
+    model = deploy.load_symbol(arguments.symbol), deploy.load_params(arguments.params)
+    return model, {**deploy.stated_shapes(*model), **dict(arguments.shape)}
 
 
 def _write_compared(before: Any, after: Any, shapes: dict[str, Any], prefix: str) -> None:
@@ -325,65 +134,75 @@ def _write_compared(before: Any, after: Any, shapes: dict[str, Any], prefix: str
     print(f"written: {prefix}-symbol.json, {prefix}-0000.params")
 
 
-def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_model_arguments(parser)
-    parser.add_argument(
+def _terminal() -> Any:
+    """Return rich's console if standard output is a terminal and rich is installed."""
+    if not sys.stdout.isatty() or importlib.util.find_spec("rich") is None:
+        return None
+    from rich.console import Console
+
+    return Console()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="scratchbn", description="Batch normalization for MXNet Gluon, written from scratch."
+    )
+    commands = parser.add_subparsers(
+        title="commands", dest="command", required=True, metavar="command"
+    )
+
+    def add(name: str, run: Callable[[argparse.Namespace], int]) -> Callable[..., Any]:
+        """Add a command, whose help is its function's docstring; return what adds its options."""
+        doc = (run.__doc__ or name).rstrip(".")
+        help = doc[0].lower() + doc[1:]
+        command = commands.add_parser(name, help=help, description=help)
+        command.set_defaults(run=run)
+        return command.add_argument
+
+    option = add("doctor", _doctor)
+    option("--json", action="store_true", help="print JSON for programs to read")
+
+    option = add("build-native", _build_native)
+    option("--force", action="store_true", help="build it even if it is there")
+
+    option = add("parity", _parity)
+    dtypes = ("float64", "float32", "float16")
+    only = "only cases of this dtype; may be given more than once"
+    option("--full", action="store_true", help="combine options; takes minutes")
+    option("--dtype", action="append", choices=dtypes, help=only)
+    option("--seed", type=integer(0), default=0, help="for data and parameters (default: 0)")
+    option("--json", metavar="FILE", help="write every comparison as JSON")
+    option("--html", metavar="FILE", help="write a page with the tables")
+
+    option = add("fold", _fold)
+    _add_model(option)
+    option(
+        "--style",
+        choices=("dwconv", "affine", "batchnorm"),
+        default="dwconv",
+        help="how to write what cannot be folded: 1x1 depthwise convolutions, multiplications and "
+        "additions, or BatchNorm nodes (default: dwconv)",
+    )
+
+    option = add("convert", _convert)
+    _add_model(option)
+    option(
         "--to",
         required=True,
         choices=("builtin", "scratch"),
         help="builtin: MXNet's BatchNorm nodes; scratch: the training graph of ScratchBatchNorm",
     )
 
-
-def _run_convert(arguments: argparse.Namespace) -> int:
-    from scratchbn import convert_files, deploy
-
-    try:
-        before = deploy.load_symbol(arguments.symbol), deploy.load_params(arguments.params)
-        shapes = {**deploy.stated_shapes(*before), **dict(arguments.shape)}
-        unknown = sorted(shapes.keys() - set(before[0].list_inputs()))
-        if unknown:
-            raise ValueError(f"--shape must name an input of the symbol, got {unknown[0]!r}")
-        symbol, params, report = convert_files(*before, to=arguments.to)
-        for entry in report.converted:
-            print(entry)
-        print(report)
-        _write_compared(before, (symbol, params), shapes, arguments.out)
-    except (OSError, ValueError) as error:
-        print(f"scratchbn convert: {error}", file=sys.stderr)
-        return 1
-    return 0
+    add_job(add("launch", _launch))
+    return parser
 
 
-COMMANDS: tuple[Command, ...] = (
-    Command(
-        "doctor",
-        "report Python, numpy, mxnet, CUDA, GPUs, the device in use and the data found",
-        _add_doctor_arguments,
-        _run_doctor,
-    ),
-    Command(
-        "build-native",
-        "compile the CPU kernel that the backends 'auto' and 'native' use; needs a C++ compiler",
-        _add_build_native_arguments,
-        _run_build_native,
-    ),
-    Command(
-        "parity",
-        "compare ScratchBatchNorm with MXNet's nn.BatchNorm over a grid of shapes and options",
-        _add_parity_arguments,
-        _run_parity,
-    ),
-    Command(
-        "fold",
-        "fold the batch normalizations of an exported model into the layers before them",
-        _add_fold_arguments,
-        _run_fold,
-    ),
-    Command(
-        "convert",
-        "exchange ScratchBatchNorm and MXNet's BatchNorm in an exported model",
-        _add_convert_arguments,
-        _run_convert,
-    ),
-)
+def _add_model(option: Callable[..., Any]) -> None:
+    files = "write PREFIX-symbol.json and -0000.params"
+    shape = "shape of an input, as data=1,3,224,224, to run the model on; one for each input"
+    option("symbol", help="model-symbol.json")
+    option("params", help="model-0000.params")
+    option("--out", required=True, metavar="PREFIX", help=files)
+    option(
+        "--shape", action="append", default=[], type=named_shape, metavar="NAME=N,C,...", help=shape
+    )

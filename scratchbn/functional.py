@@ -1,34 +1,33 @@
-"""The paper, formula by formula.
+"""The paper, line by line: Ioffe & Szegedy, "Batch Normalization", 2015.
 
-Every function here is pure: arrays in, arrays out, no state. ``F`` is ``mxnet.nd`` or
-``mxnet.sym``, so each formula is written once and serves eager code and graphs alike. The names
-are those of Ioffe & Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167:
+Every function is pure: arrays in, arrays out. ``F`` is ``mxnet.nd`` or ``mxnet.sym``, so a formula
+is written once and serves eager code and graphs alike. https://arxiv.org/abs/1502.03167 has:
 
-=====================  ================================================  ==========================
-in the paper           formula                                           here
-=====================  ================================================  ==========================
-Algorithm 1, line 1    mu = 1/m sum(x_i)                                 :func:`batch_mean`
-Algorithm 1, line 2    sigma^2 = 1/m sum((x_i - mu)^2)                   :func:`batch_variance`
-Algorithm 1, line 3    xhat_i = (x_i - mu) / sqrt(sigma^2 + epsilon)     :func:`inverse_std`
-Algorithm 1, line 4    y_i = gamma xhat_i + beta                         :func:`scale_and_shift`
-Algorithm 2, line 10   Var[x] = m/(m-1) E[sigma^2]                       :func:`unbiased_variance`
-section 3.1            moving averages of mu and sigma^2                 :func:`running_average`
-=====================  ================================================  ==========================
-
-Start with :func:`pure_batch_norm`, which is all of Algorithm 1 in one place, then read
-:func:`batch_norm`, which composes the formulas above for training and inference. A
-:class:`~scratchbn._graph.ChannelView` stands for the two sums of the paper: ``view.mean`` is
-``1/m sum`` over everything but the channel, ``view.spread`` writes a per-channel value next to
-every element of its channel.
+====================  ===============================================  ===========================
+in the paper          formula                                          here
+====================  ===============================================  ===========================
+Algorithm 1           all of it, as one writes it on first reading     :func:`pure_batch_norm`
+Algorithm 1, line 1   mu = 1/m sum(x_i)                                :func:`batch_mean`
+Algorithm 1, line 2   sigma^2 = 1/m sum((x_i - mu)^2)                  :func:`batch_variance`
+Algorithm 1, line 3   xhat_i = (x_i - mu) / sqrt(sigma^2 + epsilon)    :func:`scale_and_shift`,
+                                                                       :func:`inverse_std`
+Algorithm 1, line 4   y_i = gamma xhat_i + beta                        :func:`scale_and_shift`
+Algorithm 2, line 10  Var[x] = m/(m-1) E[sigma^2]                      :func:`unbiased_variance`
+Algorithm 2, line 11  lines 3 and 4 with E[x] and Var[x]               :func:`scale_and_shift`
+section 3.1           moving averages of mu and sigma^2                :func:`running_average`
+====================  ===============================================  ===========================
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ._graph import ChannelView, Select, selector
+from ._graph.arrays import Array
+from ._graph.mode import Mode, Select
+from ._graph.view import ChannelView
 
 __all__ = [
+    "ChannelView",
     "Statistics",
     "all_finite",
     "batch_mean",
@@ -44,34 +43,9 @@ __all__ = [
     "unbiased_variance",
 ]
 
-Array = Any  # mxnet.nd.NDArray or mxnet.sym.Symbol: mxnet has no type information
 
-
-def pure_batch_norm(X: Array, gamma: Array, beta: Array, eps: float = 1e-5) -> Array:
-    """Normalize a batch as one writes it down on first reading: Algorithm 1 and nothing else.
-
-    Parameters
-    ----------
-    X : NDArray, shape (N, C) or (N, C, H, W)
-        A batch of feature vectors or of feature maps.
-    gamma, beta : NDArray, shape (C,)
-        Scale and shift, of X's dtype.
-    eps : float
-        Added to the variance, in units of X squared.
-
-    Returns
-    -------
-    NDArray
-        Of X's shape and dtype.
-
-    Raises
-    ------
-    ValueError
-        If X has neither 2 nor 4 axes.
-
-    Notes
-    -----
-    Source: Algorithm 1 of https://arxiv.org/abs/1502.03167.
+def pure_batch_norm(x: Array, gamma: Array, beta: Array, epsilon: float = 1e-5) -> Array:
+    """Algorithm 1, for `x` of shape (N, C) or (N, C, H, W) and `gamma`, `beta` of shape (C,).
 
     Examples
     --------
@@ -82,109 +56,23 @@ def pure_batch_norm(X: Array, gamma: Array, beta: Array, eps: float = 1e-5) -> A
      [ 0.4629 -1.2247]
      [ 0.9258  1.2247]]
     """
-    if X.ndim not in (2, 4):
-        raise ValueError(f"X must have shape (N, C) or (N, C, H, W), got {X.shape}")
-    over = 0 if X.ndim == 2 else (0, 2, 3)
-    channel = (1, -1) if X.ndim == 2 else (1, -1, 1, 1)
-    mean = X.mean(axis=over, keepdims=True)
-    variance = ((X - mean) ** 2).mean(axis=over, keepdims=True)
-    X_hat = (X - mean) / (variance + eps).sqrt()
-    return gamma.reshape(channel) * X_hat + beta.reshape(channel)
+    if x.ndim not in (2, 4):
+        raise ValueError(f"x must have shape (N, C) or (N, C, H, W), got {x.shape}")
+    over = (0,) if x.ndim == 2 else (0, 2, 3)
+    gamma, beta = (v.reshape((1, -1) + (1,) * (x.ndim - 2)) for v in (gamma, beta))
+
+    mean = x.mean(axis=over, keepdims=True)  # line 1
+    variance = ((x - mean) ** 2).mean(axis=over, keepdims=True)  # line 2
+    x_hat = (x - mean) / (variance + epsilon).sqrt()  # line 3
+    return gamma * x_hat + beta  # line 4
 
 
-def batch_mean(view: ChannelView, values: Array) -> Array:
-    """Algorithm 1, line 1: ``mu = 1/m sum(x_i)``.
-
-    Parameters
-    ----------
-    view : ChannelView
-        How to find the m elements of each of the C channels.
-    values : NDArray or Symbol, shape (L, C * S)
-        ``view.values``, or any matrix of that shape.
-
-    Returns
-    -------
-    NDArray or Symbol, shape (C,)
-    """
-    return view.mean(values)
-
-
-def batch_variance(F: Any, view: ChannelView, shifted: Array, rest: Array) -> Array:
-    """Algorithm 1, line 2: ``sigma^2 = 1/m sum((x_i - mu)^2)``, the biased variance.
-
-    The squares are taken after the mean is subtracted, as far as it could be: with `shifted` =
-    x - s and `rest` = mu - s, where s is mu but for rounding, the formula reads
-    ``1/m sum((x_i - s)^2) - (mu - s)^2``.
-
-    Parameters
-    ----------
-    F : module
-        ``mxnet.nd`` or ``mxnet.sym``.
-    view : ChannelView
-        How to find the m elements of each of the C channels.
-    shifted : NDArray or Symbol, shape (L, C * S)
-    rest : NDArray or Symbol, shape (C,)
-
-    Returns
-    -------
-    NDArray or Symbol, shape (C,)
-        Not negative.
-    """
-    return F.maximum(view.mean(F.square(shifted)) - F.square(rest), 0)
-
-
-def moments(F: Any, x: Array, axis: int = 1) -> tuple[Array, Array]:
-    """Return the mean and the biased variance of each channel: Algorithm 1, lines 1 and 2.
-
-    Parameters
-    ----------
-    F : module
-        ``mxnet.nd`` or ``mxnet.sym``, whichever `x` belongs to.
-    x : NDArray or Symbol, float32 or float64, rank >= 2
-        The batch.
-    axis : int
-        The channel axis of `x`; negative counts from the end.
-
-    Returns
-    -------
-    mean, variance : NDArray or Symbol, shape (C,)
-
-    Examples
-    --------
-    >>> from mxnet import nd
-    >>> mean, variance = moments(nd, nd.array([[1, 7], [5, 4], [6, 10]]))
-    >>> print(mean.asnumpy(), variance.asnumpy().round(4))
-    [4. 7.] [4.6667 6.    ]
-    """
-    batch = statistics(F, ChannelView(F, x, axis), None, None, selector(True))
-    return batch.mean, batch.variance
-
-
-def inverse_std(F: Any, variance: Array, epsilon: float) -> Array:
-    """``1 / sqrt(sigma^2 + epsilon)``, the factor of Algorithm 1, line 3.
-
-    Parameters
-    ----------
-    F : module
-        ``mxnet.nd`` or ``mxnet.sym``.
-    variance : NDArray or Symbol, shape (C,)
-        ``sigma^2``, not negative.
-    epsilon : float
-        Not negative. With 0, a channel of variance 0 gets the factor 0: it is normalized to 0
-        and passes no gradient, where the formula alone would give NaN.
-
-    Returns
-    -------
-    NDArray or Symbol, shape (C,)
-    """
-    if epsilon > 0:
-        return F.rsqrt(variance + epsilon)
-    varies = variance > 0
-    return F.where(
-        varies,
-        F.rsqrt(F.where(varies, variance, F.ones_like(variance))),
-        F.zeros_like(variance),
-    )
+# Below is the same for any shape, as a graph can compute it, and in a form that keeps its digits:
+# next to a mean of 1e5 a float32 has two digits left. So a mean is held in two floats, high + low:
+# `high` is the mean as one float can hold it, x - high is exact where it matters, and `low` is the
+# mean of that, what rounding lost. A `view` says how the elements of x belong to the channels:
+# `view.values` is x as a matrix, `view.mean` is the paper's 1/m sum, `view.broadcast` writes a
+# value per channel beside each element.
 
 
 class Statistics(NamedTuple):
@@ -194,22 +82,35 @@ class Statistics(NamedTuple):
     ----------
     mean, variance : NDArray or Symbol, shape (C,)
         Of the batch, or the running ones.
-    shifted : NDArray or Symbol, shape (L, C * S)
-        ``x - s``, where s is the mean as float32 or float64 can hold it.
-    rest : NDArray or Symbol, shape (C,)
-        ``mean - s``, what rounding left: with values around 1e5 it is where the precision is.
+    centred : NDArray or Symbol, shape (L, C * S)
+        ``x - high``, the batch minus the high part of the mean.
+    low : NDArray or Symbol, shape (C,)
+        ``mean - high``, the low part of the mean.
     """
 
     mean: Array
     variance: Array
-    shifted: Array
-    rest: Array
+    centred: Array
+    low: Array
+
+
+def batch_mean(view: ChannelView, values: Array) -> Array:
+    """Algorithm 1, line 1: ``mu = 1/m sum(x_i)``, of a matrix, shape (L, C * S); shape (C,)."""
+    return view.mean(values)
+
+
+def batch_variance(F: Any, view: ChannelView, centred: Array, low: Array) -> Array:
+    """Algorithm 1, line 2: ``sigma^2 = 1/m sum((x_i - mu)^2)``, the biased variance; shape (C,).
+
+    With x - high for x - mu, where mu = high + low: ``1/m sum((x_i - high)^2) - low^2``.
+    """
+    return F.maximum(view.mean(F.square(centred)) - F.square(low), 0)
 
 
 def statistics(
     F: Any, view: ChannelView, running_mean: Array, running_var: Array, select: Select
 ) -> Statistics:
-    """Choose what to normalize with: Algorithm 1, lines 1 and 2, or the running statistics.
+    """Choose what to normalize with: lines 1 and 2 in training, else the running statistics.
 
     Parameters
     ----------
@@ -220,50 +121,47 @@ def statistics(
     running_mean, running_var : NDArray or Symbol, shape (C,)
         The choice in inference.
     select : Select
-        Makes the choice.
+        ``select(batch, running)`` returns ``batch()`` in training and `running` otherwise.
 
     Returns
     -------
     Statistics
-
-    Notes
-    -----
-    The shift s is a constant to the gradient: ``(x - s) - (mu - s)`` is ``x - mu`` whatever s is.
+        `high` is a constant to the gradient: ``(x - high) - low`` is ``x - mu`` whatever it is.
     """
-    s = F.BlockGrad(select(lambda: batch_mean(view, view.values), running_mean))
-    shifted = view.values - view.spread(s)
-    rest = select(lambda: batch_mean(view, shifted), F.zeros_like(s))
-    variance = select(lambda: batch_variance(F, view, shifted, rest), running_var)
-    return Statistics(s + rest, variance, shifted, rest)
+    high = F.BlockGrad(select(lambda: batch_mean(view, view.values), running_mean))
+    centred = view.values - view.broadcast(high)
+    low = select(lambda: batch_mean(view, centred), F.zeros_like(high))
+    variance = select(lambda: batch_variance(F, view, centred, low), running_var)
+    return Statistics(high + low, variance, centred, low)
+
+
+def inverse_std(F: Any, variance: Array, epsilon: float) -> Array:
+    """``1 / sqrt(sigma^2 + epsilon)`` of line 3, shape (C,).
+
+    With epsilon 0 a channel of variance 0 gets the factor 0: it is normalized to 0 and passes no
+    gradient, where the formula alone would give NaN.
+    """
+    if epsilon > 0:
+        return F.rsqrt(variance + epsilon)
+    varies = variance > 0
+    safe = F.where(varies, variance, F.ones_like(variance))
+    return F.where(varies, F.rsqrt(safe), F.zeros_like(variance))
 
 
 def scale_and_shift(
     F: Any, view: ChannelView, batch: Statistics, gamma: Array, beta: Array, epsilon: float
 ) -> Array:
-    """Algorithm 1, lines 3 and 4: ``y_i = gamma (x_i - mu) / sqrt(sigma^2 + epsilon) + beta``.
+    """Algorithm 1, lines 3 and 4: ``y_i = gamma xhat_i + beta``; shape (L, C * S).
 
-    ``gamma / sqrt(sigma^2 + epsilon)`` is one number per channel and is computed first, so that
-    the elements are multiplied once; what the shift left of mu is subtracted from beta.
+    ``gamma / sqrt(sigma^2 + epsilon)`` is one number per channel and comes first, so that the
+    elements are multiplied once; the low part of mu is subtracted with beta::
 
-    Parameters
-    ----------
-    F : module
-        ``mxnet.nd`` or ``mxnet.sym``.
-    view : ChannelView
-        How to find the elements of each channel.
-    batch : Statistics
-        Of the batch in `view`.
-    gamma, beta : NDArray or Symbol, shape (C,)
-        Scale and shift.
-    epsilon : float
-        Added to the variance.
-
-    Returns
-    -------
-    NDArray or Symbol, shape (L, C * S)
+        xhat = (x - high - low) / sqrt(sigma^2 + epsilon)
+        y    = gamma xhat + beta
+             = (x - high) factor + (beta - low factor)
     """
     factor = gamma * inverse_std(F, batch.variance, epsilon)
-    return batch.shifted * view.spread(factor) + view.spread(beta - batch.rest * factor)
+    return batch.centred * view.broadcast(factor) + view.broadcast(beta - batch.low * factor)
 
 
 def batch_norm(
@@ -286,17 +184,14 @@ def batch_norm(
         ``mxnet.nd`` or ``mxnet.sym``, whichever the arrays belong to.
     x : NDArray or Symbol, float32 or float64, rank >= 2
         The batch.
-    gamma, beta : NDArray or Symbol, shape (C,)
-        Scale and shift, of `x`'s dtype.
-    running_mean, running_var : NDArray or Symbol, shape (C,)
-        What to normalize with in inference, of `x`'s dtype.
+    gamma, beta, running_mean, running_var : NDArray or Symbol, shape (C,)
+        Scale, shift, and what to normalize with in inference; all of `x`'s dtype.
     axis : int
         The channel axis of `x`; negative counts from the end.
     epsilon : float
         Added to the variance, in units of `x` squared.
     training : bool or Select
-        True: normalize with the statistics of the batch. False: with the running ones. In a
-        graph the choice is made when it runs, by a :data:`~scratchbn._graph.Select`.
+        Whether to normalize with the statistics of the batch; a graph chooses when it runs.
 
     Returns
     -------
@@ -321,46 +216,37 @@ def batch_norm(
      [ 5.  4.]
      [ 6. 10.]]
     """
-    select = selector(training) if isinstance(training, bool) else training
+    select = Mode(training).select if isinstance(training, bool) else training
     view = ChannelView(F, x, axis)
     batch = statistics(F, view, running_mean, running_var, select)
     y = scale_and_shift(F, view, batch, gamma, beta, epsilon)
-    return view.restore(y), batch.mean, batch.variance
+    return view.reshape_back(y), batch.mean, batch.variance
+
+
+def moments(F: Any, x: Array, axis: int = 1) -> tuple[Array, Array]:
+    """Return the mean and the biased variance of each channel: Algorithm 1, lines 1 and 2.
+
+    Examples
+    --------
+    >>> from mxnet import nd
+    >>> mean, variance = moments(nd, nd.array([[1, 7], [5, 4], [6, 10]]))
+    >>> print(mean.asnumpy(), variance.asnumpy().round(4))
+    [4. 7.] [4.6667 6.    ]
+    """
+    batch = statistics(F, ChannelView(F, x, axis), None, None, Mode(training=True).select)
+    return batch.mean, batch.variance
 
 
 def unbiased_variance(F: Any, variance: Array, m: Array) -> Array:
-    """Algorithm 2, line 10: ``m / (m - 1)`` times the biased variance.
+    """Algorithm 2, line 10: ``m / (m - 1)`` times the biased variance of m elements; shape (C,).
 
-    Parameters
-    ----------
-    F : module
-        ``mxnet.nd`` or ``mxnet.sym``.
-    variance : NDArray or Symbol, shape (C,)
-        The biased variance of m elements.
-    m : NDArray or Symbol, shape (1,)
-        How many elements each channel has (``ChannelView.m``). With m = 1 there is no unbiased
-        estimate, and the result is not finite.
-
-    Returns
-    -------
-    NDArray or Symbol, shape (C,)
+    With m = 1, of shape (1,), there is no unbiased estimate, and the result is not finite.
     """
     return F.broadcast_mul(variance, m / (m - 1))
 
 
 def running_average(running: Array, batch: Array, momentum: float) -> Array:
-    """``momentum * running + (1 - momentum) * batch``, the exponential moving average.
-
-    Parameters
-    ----------
-    running, batch : NDArray or Symbol, shape (C,)
-        The average so far, and the newest statistic.
-    momentum : float
-        Between 0 and 1: how much of the average is kept.
-
-    Returns
-    -------
-    NDArray or Symbol, shape (C,)
+    """``momentum * running + (1 - momentum) * batch``, the exponential moving average; shape (C,).
 
     Examples
     --------
@@ -372,20 +258,7 @@ def running_average(running: Array, batch: Array, momentum: float) -> Array:
 
 
 def cumulative_average(F: Any, running: Array, batch: Array, count: Array) -> Array:
-    """Return the plain mean of ``count + 1`` statistics, given that of the first `count`.
-
-    Parameters
-    ----------
-    F : module
-        ``mxnet.nd`` or ``mxnet.sym``.
-    running, batch : NDArray or Symbol, shape (C,)
-        The mean of the first `count` statistics, and the next one.
-    count : NDArray or Symbol, shape (1,)
-        How many statistics `running` is the mean of.
-
-    Returns
-    -------
-    NDArray or Symbol, shape (C,)
+    """Return the plain mean of ``count + 1`` statistics, given that of the first `count`, (1,).
 
     Examples
     --------
@@ -398,17 +271,7 @@ def cumulative_average(F: Any, running: Array, batch: Array, count: Array) -> Ar
 
 
 def all_finite(F: Any, *statistics: Array) -> Array:
-    """Return 1 if no element of any of the arrays is infinite or NaN, else 0.
-
-    Parameters
-    ----------
-    F : module
-        ``mxnet.nd`` or ``mxnet.sym``.
-    *statistics : NDArray or Symbol, shape (C,)
-
-    Returns
-    -------
-    NDArray or Symbol, shape (1,)
+    """Return 1 if no element of arrays of shape (C,) is infinite or NaN, else 0; shape (1,).
 
     Examples
     --------
@@ -416,8 +279,4 @@ def all_finite(F: Any, *statistics: Array) -> Array:
     >>> all_finite(nd, nd.array([1.0, 2.0]), nd.array([3.0, float("inf")])).asscalar()
     0.0
     """
-    finite = [v - v == 0 for v in statistics]  # inf - inf and nan - nan are nan
-    together = finite[0]
-    for more in finite[1:]:
-        together = together * more
-    return F.min(together, axis=0, keepdims=True)
+    return F.BlockGrad(F.multi_all_finite(*statistics, num_arrays=len(statistics)))

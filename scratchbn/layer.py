@@ -2,42 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, Union
+from typing import Any
 
 import mxnet as mx
-import numpy as np
 from mxnet.gluon import HybridBlock
 
-from . import _backend, _graph, functional
-from ._checks import check_epsilon, check_flag, check_integer, check_momentum
+from . import backends, functional
+from ._checks import check_flag, check_integer
+from ._data import (
+    Initializer,
+    check_data,
+    check_dtype,
+    check_initializer,
+    statistics_dtype,
+)
+from ._graph.arrays import Array, is_numpy, is_symbol, to_classic, to_numpy
+from ._graph.mode import Select
+from ._graph.view import ChannelView
+from ._options import Options
 
 __all__ = ["ScratchBatchNorm", "ScratchBatchNormReLU"]
-
-Array = Any
-Initializer = Union[str, mx.init.Initializer]
-
-_STATISTICS_DTYPE: dict[Any, np.dtype[Any]] = {
-    np.dtype("float16"): np.dtype("float32"),
-    np.dtype("float32"): np.dtype("float32"),
-    np.dtype("float64"): np.dtype("float64"),
-}
-
-
-def _as_dtype(dtype: Any) -> Any:
-    try:
-        return np.dtype(dtype)
-    except TypeError:
-        return None
-
-
-def _check_initializer(name: str, value: Any) -> Initializer:
-    if not isinstance(value, (str, mx.init.Initializer)):
-        raise TypeError(f"{name} must be a str or an Initializer, got {value!r}")
-    try:
-        mx.init.create(value)
-    except Exception as error:
-        raise ValueError(f"{name} must name a registered initializer, got {value!r}") from error
-    return value
 
 
 class ScratchBatchNorm(HybridBlock):
@@ -132,6 +116,7 @@ class ScratchBatchNorm(HybridBlock):
     [0.4 0.7]
     """
 
+    options_class: type[Options] = Options  # a variant with options of its own has its own
     # A variant that overrides `statistics` or `transform` says so if it still infers as this layer
     # does: gamma * (x - running_mean) / sqrt(running_var + epsilon) + beta. Then exports fold it.
     infers_as_batch_norm = False
@@ -154,15 +139,15 @@ class ScratchBatchNorm(HybridBlock):
         prefix: str | None = None,
         params: mx.gluon.ParameterDict | None = None,
     ) -> None:
-        options = {
-            "axis": check_integer("axis", axis),
-            "eps": check_epsilon(epsilon),
-            "momentum": check_momentum(momentum),
-            "fix_gamma": not check_flag("scale", scale),
-            "use_global_stats": check_flag("use_global_stats", use_global_stats),
-            "center": check_flag("center", center),
-            "unbiased_variance": check_flag("unbiased_variance", unbiased_variance),
-        }
+        options = self.options_class(
+            axis=axis,
+            momentum=momentum,
+            eps=epsilon,
+            center=center,
+            fix_gamma=not check_flag("scale", scale),
+            use_global_stats=use_global_stats,
+            unbiased_variance=unbiased_variance,
+        )
         initializers = {
             "beta_initializer": beta_initializer,
             "gamma_initializer": gamma_initializer,
@@ -170,14 +155,14 @@ class ScratchBatchNorm(HybridBlock):
             "running_variance_initializer": running_variance_initializer,
         }
         for name, value in initializers.items():
-            _check_initializer(name, value)
+            check_initializer(name, value)
         shape = (check_integer("in_channels", in_channels, least=0),)
 
         super().__init__(prefix=prefix, params=params)
         # Helpers written for nn.BatchNorm, GluonCV's among them, edit this dict to change options.
         self._kwargs = options
         self._initializers = initializers
-        self._dtype = _as_dtype("float32")
+        self.data_dtype = check_dtype("float32")
         self._traced_for = None
         if in_channels:
             self.in_channels = in_channels
@@ -204,23 +189,23 @@ class ScratchBatchNorm(HybridBlock):
     def _alias(self) -> str:
         return "batchnorm"  # the built-in's prefix, so that parameter files interchange
 
+    @property
+    def options(self) -> Options:
+        """The options, by the constructor's names; set them to change what the next call does."""
+        return self._kwargs
+
     def __repr__(self) -> str:
-        options = self._kwargs
-        shown = {
-            "axis": options["axis"],
-            "momentum": options["momentum"],
-            "epsilon": options["eps"],
-            "center": options["center"],
-            "scale": not options["fix_gamma"],
-            "use_global_stats": options["use_global_stats"],
-            **{
-                name: value if isinstance(value, str) else value.dumps()
-                for name, value in self._initializers.items()
-            },
-            "in_channels": max(self.gamma.shape[0], 0) if self.gamma.shape else 0,
-            "unbiased_variance": options["unbiased_variance"],
+        options = self.options.arguments()
+        initializers = {
+            name: value if isinstance(value, str) else value.dumps()
+            for name, value in self._initializers.items()
         }
+        shown = {**options, **initializers, "in_channels": self._known_channels()}
+        shown["unbiased_variance"] = shown.pop("unbiased_variance")
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in shown.items())})"
+
+    def _known_channels(self) -> int:
+        return max(self.gamma.shape[0], 0) if self.gamma.shape else 0
 
     def cast(self, dtype: Any) -> None:
         """Cast the layer for input of another dtype.
@@ -235,45 +220,19 @@ class ScratchBatchNorm(HybridBlock):
         TypeError
             If `dtype` is none of these.
         """
-        wanted = _as_dtype(dtype)
-        if wanted not in _STATISTICS_DTYPE:
-            raise TypeError(f"dtype must be float16, float32 or float64, got {dtype!r}")
-        self._dtype = wanted
-        super().cast(_STATISTICS_DTYPE[wanted].name)
+        self.data_dtype = check_dtype(dtype)
+        super().cast(statistics_dtype(dtype).name)
 
     def _check_input(self, x: mx.nd.NDArray) -> None:
-        if x.ndim < 2:
-            raise ValueError(
-                f"data must have at least 2 axes, a batch axis and a channel axis; got {x.shape}"
-            )
-        axis = self._kwargs["axis"]
-        if not -x.ndim <= axis < x.ndim:
-            raise ValueError(f"axis={axis} is out of range for data of shape {x.shape}")
-        channels = self.gamma.shape[0] if self.gamma.shape else 0
-        if channels > 0 and x.shape[axis] != channels:
-            raise ValueError(
-                f"data must have {channels} channels on axis {axis} (in_channels={channels}), "
-                f"got {x.shape[axis]} in shape {x.shape}"
-            )
-        if x.shape[axis] == 0:
-            raise ValueError(f"data must have at least 1 channel on axis {axis}, got {x.shape}")
-        dtype = np.dtype(x.dtype)
-        if dtype not in _STATISTICS_DTYPE:
-            raise TypeError(f"data must be float16, float32 or float64, got {dtype.name}")
-        needed, held = _STATISTICS_DTYPE[dtype], np.dtype(self.running_mean.dtype)
-        if held != needed:
-            raise TypeError(
-                f"data of dtype {dtype.name} needs parameters of {needed.name}, got {held.name}: "
-                f"call cast('{dtype.name}') on the layer or the net first"
-            )
+        check_data(x, self.options.axis, self._known_channels(), self.running_mean.dtype)
 
     def infer_shape(self, x: Array) -> None:
         """Take the number of channels from an input, and the shape of each Parameter from it."""
-        if _graph.is_symbol(x):
+        if is_symbol(x):
             super().infer_shape(x)
             return
         self._check_input(x)
-        channels = x.shape[self._kwargs["axis"]]
+        channels = x.shape[self.options.axis]
         for parameter in (self.gamma, self.beta, self.running_mean, self.running_var):
             parameter.shape = (channels,)
 
@@ -316,96 +275,37 @@ class ScratchBatchNorm(HybridBlock):
         num_batches: Array = None,
     ) -> Array:
         """Normalize a batch; see :meth:`forward`. `F` is ``mxnet.nd`` or ``mxnet.sym``."""
-        given = x
-        x, gamma, beta = map(_graph.to_classic, (x, gamma, beta))
-        stored = [_graph.to_classic(v) for v in (running_mean, running_var)]
-        counter = None if num_batches is None else _graph.to_classic(num_batches)
-        options = self._kwargs
-        axis = check_integer("axis", options["axis"])
-        epsilon = check_epsilon(options["eps"])
-
-        description = self._describe()
-        if _graph.is_symbol(x) and _graph.marking() and description is not None:
-            y = self._activate(F, _graph.marker(F, x, description))
-            return y if given is x else _graph.to_numpy(y)
-
-        low = _graph.is_float16(x, self._dtype)
-        values = F.cast(x, dtype="float32") if low else x
-        if self._is_stock() and _backend.is_native(_graph.devices(x), _graph.is_symbol(x)):
-            counters = [] if counter is None else [counter]
-            y = self._compiled(F, values, gamma, beta, [*stored, *counters])
-            y = F.cast(y, dtype="float16") if low else y
-            return y if given is x else _graph.to_numpy(y)
-
-        view = _graph.ChannelView(F, values, axis)
-        mode = _graph.mode(F, x, may_train=not options["use_global_stats"])
-        running_mean, running_var = (view.per_channel(_graph.current(v)) for v in stored)
-        batch = self.statistics(F, view, running_mean, running_var, mode.select)
-        written = self._move(F, view, batch, stored, counter, mode)
-
-        gamma = F.ones_like(gamma) if options["fix_gamma"] else gamma
-        beta = beta if options["center"] else F.zeros_like(beta)
-        gamma, beta = view.per_channel(gamma), view.per_channel(beta)
-        for done in written:
-            beta = _graph.after(F, beta, done)
-        y = self.transform(F, view, batch, gamma, beta, epsilon)
-        y = self._activate(F, view.restore(y, description))
-        y = F.cast(y, dtype="float16") if low else y
-        return y if given is x else _graph.to_numpy(y)
+        state = backends.State.of(gamma, beta, running_mean, running_var, num_batches)
+        compute = backends.choose(self, x)  # portable, native or marker
+        y = compute(self, F, to_classic(x), state)
+        return to_numpy(y) if is_numpy(x) else y
 
     def statistics(
         self,
         F: Any,
-        view: _graph.ChannelView,
+        view: ChannelView,
         running_mean: Array,
         running_var: Array,
-        select: _graph.Select,
+        select: Select,
     ) -> functional.Statistics:
         """Choose what to normalize with; a variant may override it.
 
-        Parameters
-        ----------
-        F : module
-            ``mxnet.nd`` or ``mxnet.sym``.
-        view : ChannelView
-            The batch, in float32 or float64.
-        running_mean, running_var : NDArray or Symbol, shape (C,)
-        select : Select
-            ``select(batch, running)`` returns ``batch()`` in training and `running` otherwise,
-            in a graph when it runs.
-
-        Returns
-        -------
-        Statistics
-            In training the running statistics move towards its mean and variance.
+        `view` is the batch in float32 or float64, the statistics have shape (C,), and
+        ``select(batch, running)`` returns ``batch()`` in training and `running` otherwise, in a
+        graph when it runs. In training the running statistics follow the `mean` and `variance`
+        of what is returned; `transform` gets all of it.
         """
         return functional.statistics(F, view, running_mean, running_var, select)
 
     def update(self, F: Any, running: Array, batch: Array, count: Array) -> Array:
         """Return the new value of a running statistic; a variant may override it.
 
-        Parameters
-        ----------
-        F : module
-            ``mxnet.nd`` or ``mxnet.sym``.
-        running, batch : NDArray or Symbol, shape (C,)
-            The mean, or the variance: kept so far, and of this training batch.
-        count : NDArray or Symbol, shape (1,), or None
-            How many batches `running` is made of; None unless the layer was built with
-            ``momentum=None``.
-
-        Returns
-        -------
-        NDArray or Symbol, shape (C,)
-
-        Raises
-        ------
-        ValueError
-            If ``momentum`` was set to None on a layer that does not count batches.
+        `running` and `batch`, shape (C,), are the mean, or the variance: kept so far, and of this
+        training batch. `count`, shape (1,), says how many batches `running` is made of; None
+        unless the layer was built with ``momentum=None``.
         """
-        momentum = check_momentum(self._kwargs["momentum"])
-        if momentum is not None:
-            return functional.running_average(running, batch, momentum)
+        if self.options.momentum is not None:
+            return functional.running_average(running, batch, self.options.momentum)
         if count is None:
             raise ValueError("momentum=None needs a layer that was built with momentum=None")
         return functional.cumulative_average(F, running, batch, count)
@@ -413,7 +313,7 @@ class ScratchBatchNorm(HybridBlock):
     def transform(
         self,
         F: Any,
-        view: _graph.ChannelView,
+        view: ChannelView,
         batch: functional.Statistics,
         gamma: Array,
         beta: Array,
@@ -421,105 +321,32 @@ class ScratchBatchNorm(HybridBlock):
     ) -> Array:
         """Normalize, scale and shift; a variant may override it.
 
-        Parameters
-        ----------
-        F : module
-            ``mxnet.nd`` or ``mxnet.sym``.
-        view : ChannelView
-            How to find the elements of each channel.
-        batch : Statistics
-            What :meth:`statistics` returned.
-        gamma, beta : NDArray or Symbol, shape (C,)
-        epsilon : float
-
-        Returns
-        -------
-        NDArray or Symbol, shape (L, C * S)
+        `batch` is what :meth:`statistics` returned; `gamma` and `beta` have shape (C,). Returns a
+        matrix, shape (L, C * S), as ``view.values`` is.
         """
         return functional.scale_and_shift(F, view, batch, gamma, beta, epsilon)
 
-    def _activate(self, F: Any, y: Array) -> Array:
+    def activate(self, F: Any, y: Array) -> Array:
+        """Return what follows the normalization, of `y`'s shape; here `y` itself."""
         return y
 
-    def _is_stock(self) -> bool:
-        """Tell whether this layer computes what the compiled kernel does, no variant of it."""
-        hooks = ("statistics", "update", "transform", "_move")
+    @property
+    def overridden(self) -> set[str]:
+        """The names of those hooks above that a subclass has overridden, `activate` apart."""
+        hooks = ("statistics", "update", "transform")
+        base = ScratchBatchNorm
+        return {name for name in hooks if getattr(type(self), name) is not getattr(base, name)}
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether this layer computes what the compiled kernel does, no variant of it."""
         counts = "num_batches" in self._reg_params
-        return counts == (self._kwargs["momentum"] is None) and all(
-            getattr(type(self), hook) is getattr(ScratchBatchNorm, hook) for hook in hooks
-        )
+        return counts == (self.options.momentum is None) and not self.overridden
 
-    def _compiled(self, F: Any, x: Array, gamma: Array, beta: Array, stored: list[Array]) -> Array:
-        options = self._kwargs
-        relu = type(self)._activate is ScratchBatchNormReLU._activate
-        y = _graph.compiled_batch_norm(
-            F,
-            x,
-            gamma,
-            beta,
-            stored,
-            may_train=not options["use_global_stats"],
-            axis=check_integer("axis", options["axis"]),
-            epsilon=check_epsilon(options["eps"]),
-            momentum=check_momentum(options["momentum"]),
-            scale=not options["fix_gamma"],
-            center=options["center"],
-            relu=relu,
-            unbiased_variance=options["unbiased_variance"],
-        )
-        return y if relu else self._activate(F, y)
-
-    def _describe(self) -> dict[str, Any] | None:
-        """Return the options and the names of the Parameters; None if inference is another."""
-        changed = {
-            name
-            for name in ("statistics", "transform", "update")
-            if getattr(type(self), name) is not getattr(ScratchBatchNorm, name)
-        }
-        if changed - {"update"} and not self.infers_as_batch_norm:
-            return None
-        options = self._kwargs
-        in_training: tuple[str, ...] = ("momentum", "use_global_stats", "unbiased_variance")
-        if changed:
-            in_training = ()
-        return {
-            **{name: options[name] for name in in_training},
-            "axis": options["axis"],
-            "epsilon": options["eps"],
-            "fix_gamma": options["fix_gamma"],
-            "center": options["center"],
-            "gamma": self.gamma.name,
-            "beta": self.beta.name,
-            "running_mean": self.running_mean.name,
-            "running_var": self.running_var.name,
-        }
-
-    def _move(
-        self,
-        F: Any,
-        view: _graph.ChannelView,
-        batch: functional.Statistics,
-        stored: list[Array],
-        counter: Array,
-        mode: _graph.Mode,
-    ) -> list[Array]:
-        """Move the running statistics if this is a training batch; return what was written."""
-        if not mode.may_train:
-            # A write that changes nothing keeps them auxiliary states of an exported graph.
-            kept = [v for v in (*stored, counter) if v is not None and mode.graph]
-            return [_graph.assign(F, v, _graph.current(v), F.zeros_like(v)) for v in kept]
-        mean, variance = F.BlockGrad(batch.mean), F.BlockGrad(batch.variance)
-        if self._kwargs["unbiased_variance"]:
-            variance = functional.unbiased_variance(F, variance, view.m)
-        moves = mode.training(functional.all_finite(F, mean, variance))
-        count: Array = None if counter is None else _graph.current(counter)
-        written = []
-        for variable, statistic in zip(stored, (mean, variance)):
-            new = self.update(F, _graph.current(variable), statistic, count)
-            written.append(_graph.assign(F, variable, new, F.broadcast_like(moves, new)))
-        if counter is not None:
-            written.append(_graph.assign(F, counter, count + 1, moves))
-        return written
+    @property
+    def activates_by_relu(self) -> bool:
+        """Whether `activate` is that of :class:`ScratchBatchNormReLU`."""
+        return type(self).activate is ScratchBatchNormReLU.activate
 
 
 class ScratchBatchNormReLU(ScratchBatchNorm):
@@ -543,5 +370,6 @@ class ScratchBatchNormReLU(ScratchBatchNorm):
     def _alias(self) -> str:
         return "batchnormrelu"
 
-    def _activate(self, F: Any, y: Array) -> Array:
+    def activate(self, F: Any, y: Array) -> Array:
+        """Return ``max(y, 0)``."""
         return F.relu(y)

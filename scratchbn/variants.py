@@ -7,21 +7,24 @@ inference they are batch normalization, and their parameter files interchange wi
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
 
-from . import _graph, functional
-from ._checks import check_epsilon, check_integer, check_number
+from . import functional
+from ._checks import check_integer, check_number
+from ._graph.arrays import Array, is_symbol
+from ._graph.mode import Select
+from ._graph.view import ChannelView
+from ._options import Options
 from .layer import ScratchBatchNorm
 
 __all__ = ["BatchRenorm", "GhostBatchNorm"]
 
-Array = Any
 
-
-class _Chunks(_graph.ChannelView):
+class _Chunks(ChannelView):
     """An array as a matrix whose rows belong to K chunks of samples, with C channels in each.
 
-    A matrix of zeros and ones says which row belongs to which chunk; `mean` and `spread` are
+    A matrix of zeros and ones says which row belongs to which chunk; `mean` and `broadcast` are
     products with it. Vectors have shape (K * C,); `m` counts the elements behind each value.
     """
 
@@ -47,7 +50,7 @@ class _Chunks(_graph.ChannelView):
 
     def _sum(self, matrix: Array) -> Array:
         """Add what belongs to a channel in each row of a matrix, shape (K, C * S)."""
-        if _graph.is_symbol(matrix):
+        if is_symbol(matrix):
             channels_first = {"lhs_begin": 1, "lhs_end": 2, "rhs_begin": 1, "rhs_end": None}
             matrix = self._F.reshape_like(matrix, self._samples, **channels_first)
             matrix = matrix.reshape((-3, -2)).flatten()
@@ -58,7 +61,7 @@ class _Chunks(_graph.ChannelView):
     def mean(self, matrix: Array) -> Array:
         return self._sum(self._product(self._member, matrix)) / self.m
 
-    def spread(self, vector: Array) -> Array:
+    def broadcast(self, vector: Array) -> Array:
         by_channel = self._product(vector.reshape((-1, 1)), self._ones_S)
         by_feature = self._F.reshape_like(by_channel, self._by_feature)
         return self._product(self._member, by_feature, transpose_a=True)
@@ -79,6 +82,21 @@ class _GhostStatistics(NamedTuple):
     variance: Array
     chunks: _Chunks
     of_chunks: functional.Statistics
+
+
+def _check_channel_axis(value: Any) -> int:
+    axis = check_integer("axis", value)
+    if axis == 0:
+        raise ValueError("axis must not be 0, the batch axis, got 0")
+    return axis
+
+
+class _GhostOptions(Options):
+    checks: ClassVar = {
+        **Options.checks,
+        "axis": _check_channel_axis,
+        "ghost_size": partial(check_integer, "ghost_size", least=1),
+    }
 
 
 class GhostBatchNorm(ScratchBatchNorm):
@@ -124,21 +142,16 @@ class GhostBatchNorm(ScratchBatchNorm):
     """
 
     infers_as_batch_norm = True
+    options_class = _GhostOptions
 
     def __init__(self, ghost_size: int, **options: Any) -> None:
         check_integer("ghost_size", ghost_size, least=1)
         super().__init__(**options)
-        self._kwargs["ghost_size"] = ghost_size
-        if self._kwargs["axis"] == 0:
-            raise ValueError("axis must not be 0, the batch axis, got 0")
-
-    def __repr__(self) -> str:
-        name, _, options = super().__repr__().partition("(")
-        return f"{name}(ghost_size={self._kwargs['ghost_size']!r}, {options}"
+        self.options["ghost_size"] = ghost_size
 
     def _check_input(self, x: Array) -> None:
         super()._check_input(x)
-        if self._kwargs["axis"] == -x.ndim:
+        if self.options.axis == -x.ndim:
             raise ValueError(f"axis={-x.ndim} is the batch axis of data of shape {x.shape}")
         if x.shape[0] == 0:
             raise ValueError(f"data must have at least 1 sample, got shape {x.shape}")
@@ -146,27 +159,25 @@ class GhostBatchNorm(ScratchBatchNorm):
     def statistics(
         self,
         F: Any,
-        view: _graph.ChannelView,
+        view: ChannelView,
         running_mean: Array,
         running_var: Array,
-        select: _graph.Select,
+        select: Select,
     ) -> Any:
         """Take the statistics of each chunk, and their averages for the running statistics."""
-        size = check_integer("ghost_size", self._kwargs["ghost_size"], least=1)
-        axis = check_integer("axis", self._kwargs["axis"])
-        chunks = _Chunks(F, view.restore(view.values), axis, size)
+        chunks = _Chunks(F, view.x, self.options.axis, self.options.ghost_size)
         kept = chunks.repeat(running_mean), chunks.repeat(running_var)
         of_chunks = functional.statistics(F, chunks, *kept, select)
         mean = chunks.average(of_chunks.mean, running_mean)
         variance = chunks.average(of_chunks.variance, running_var)
-        if self._kwargs["unbiased_variance"]:  # the layer then multiplies by m / (m - 1)
+        if self.options.unbiased_variance:  # the layer then multiplies by m / (m - 1)
             variance = F.broadcast_mul(variance, (view.m - 1) / (view.m - chunks.number))
         return _GhostStatistics(mean, variance, chunks, of_chunks)
 
     def transform(
         self,
         F: Any,
-        view: _graph.ChannelView,
+        view: ChannelView,
         batch: Any,
         gamma: Array,
         beta: Array,
@@ -180,10 +191,23 @@ class GhostBatchNorm(ScratchBatchNorm):
 class _RenormStatistics(NamedTuple):
     mean: Array
     variance: Array
-    shifted: Array
-    rest: Array
+    centred: Array
+    low: Array
     r: Array
     d: Array
+
+
+def _limit(name: str, least: float) -> Any:
+    text = f"finite and at least {least}"
+    return lambda value: check_number(name, value, least, math.inf, text)
+
+
+class _RenormOptions(Options):
+    checks: ClassVar = {
+        **Options.checks,
+        "r_max": _limit("r_max", 1),
+        "d_max": _limit("d_max", 0),
+    }
 
 
 class BatchRenorm(ScratchBatchNorm):
@@ -241,45 +265,43 @@ class BatchRenorm(ScratchBatchNorm):
     """
 
     infers_as_batch_norm = True
+    options_class = _RenormOptions
 
     def __init__(self, r_max: float = 3.0, d_max: float = 5.0, **options: Any) -> None:
-        limits = _check_limit("r_max", r_max, 1), _check_limit("d_max", d_max, 0)
+        limits = {"r_max": r_max, "d_max": d_max}
+        self.options_class(limits)
         super().__init__(**options)
-        self._kwargs["r_max"], self._kwargs["d_max"] = limits
-
-    def __repr__(self) -> str:
-        name, _, options = super().__repr__().partition("(")
-        return f"{name}(r_max={self.r_max!r}, d_max={self.d_max!r}, {options}"
+        self.options.update(limits)
 
     @property
     def r_max(self) -> float:
         """The limit of r; see the class."""
-        return _check_limit("r_max", self._kwargs["r_max"], 1)
+        return self.options["r_max"]
 
     @r_max.setter
     def r_max(self, value: float) -> None:
-        self._kwargs["r_max"] = _check_limit("r_max", value, 1)
+        self.options["r_max"] = value
 
     @property
     def d_max(self) -> float:
         """The limit of d; see the class."""
-        return _check_limit("d_max", self._kwargs["d_max"], 0)
+        return self.options["d_max"]
 
     @d_max.setter
     def d_max(self, value: float) -> None:
-        self._kwargs["d_max"] = _check_limit("d_max", value, 0)
+        self.options["d_max"] = value
 
     def statistics(
         self,
         F: Any,
-        view: _graph.ChannelView,
+        view: ChannelView,
         running_mean: Array,
         running_var: Array,
-        select: _graph.Select,
+        select: Select,
     ) -> Any:
         """Take the statistics of the batch, and r and d from them; in inference r = 1 and d = 0."""
         batch = super().statistics(F, view, running_mean, running_var, select)
-        epsilon = check_epsilon(self._kwargs["eps"])
+        epsilon = self.options.epsilon
         factor = functional.inverse_std(F, running_var, epsilon)
         # Not F.clip, which rounds its limits to float32.
         r = F.minimum(F.sqrt(batch.variance + epsilon) * factor, self.r_max)
@@ -290,7 +312,7 @@ class BatchRenorm(ScratchBatchNorm):
     def transform(
         self,
         F: Any,
-        view: _graph.ChannelView,
+        view: ChannelView,
         batch: Any,
         gamma: Array,
         beta: Array,
@@ -298,7 +320,3 @@ class BatchRenorm(ScratchBatchNorm):
     ) -> Array:
         """Normalize, correct by r and d, scale and shift."""
         return super().transform(F, view, batch, gamma * batch.r, beta + gamma * batch.d, epsilon)
-
-
-def _check_limit(name: str, value: Any, least: float) -> float:
-    return check_number(name, value, least, math.inf, f"finite and at least {least}")

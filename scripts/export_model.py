@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import sys
 import tempfile
@@ -20,19 +19,31 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from _scripting import Parser, staged
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from scratchbn import ScratchBatchNorm, convert_files
+from scratchbn._command import Parser, fail, integer
+from scratchbn._text import first_line, table
+from scratchbn._writing import staged_folder
+from scratchbn.deploy import export_inference, export_onnx
+from scratchbn.deploy._files import write_model
+from scratchbn.deploy.check import compare_outputs
+
+import mxnet as mx
+import numpy as np
+from mxnet import autograd
+from mxnet.gluon import SymbolBlock, nn
+
+from models.lenet import lenet
+
 STYLES = ("dwconv", "affine", "batchnorm")
+FORMS = ("training", "builtin", *(f"inference-{style}" for style in STYLES), "model.onnx")
 # Of the outputs, relative to the largest: float32 through a deep net.
 TOLERANCE = 1e-4
 
+_NAME = "export_model.py"
 _BUILT_IN = "net with nn.BatchNorm"
 _OURS = "net with ScratchBatchNorm"
-_STATIC = {"static_alloc": True, "static_shape": True}
-_LARGEST_SEED = 2**31 - 1
 _TRAINING_BATCHES = 3
 
 _EPILOG = """\
@@ -47,23 +58,10 @@ Exit status: 0 if every form computes what the net does; 1 if not; 2 for bad inp
 Run = Callable[[], "list[np.ndarray]"]
 
 
-def _integer(least: int, most: int | None = None) -> Any:
-    def parse(text: str) -> int:
-        bounds = f"at least {least}" if most is None else f"between {least} and {most}"
-        if not text.isdecimal() or int(text) < least or (most is not None and int(text) > most):
-            raise argparse.ArgumentTypeError(f"must be an integer, {bounds}; got {text!r}")
-        return int(text)
-
-    return parse
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = Parser(
-        description=__doc__,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, epilog=_EPILOG, formatter_class=formatter)
     add = parser.add_argument
     add(
         "--net",
@@ -73,21 +71,16 @@ def build_parser() -> argparse.ArgumentParser:
         "cifar_resnet20_v1 (default: lenet)",
     )
     add("--params", metavar="FILE", help="trained parameters, as net.save_parameters wrote them")
-    add("--batch", type=_integer(1), default=1, metavar="N", help="images per call (default: 1)")
+    add("--batch", type=integer(1), default=1, metavar="N", help="images per call (default: 1)")
     add(
         "--size",
-        type=_integer(1),
+        type=integer(1),
         metavar="PIXELS",
         help="height and width of an image (default: 28 for lenet, 32 for cifar nets, 299 for "
         "inceptionv3, else 224)",
     )
-    add("--calls", type=_integer(1), default=50, help="timed calls of each (default: 50)")
-    add(
-        "--seed",
-        type=_integer(0, _LARGEST_SEED),
-        default=1,
-        help="for weights and input (default: 1)",
-    )
+    add("--calls", type=integer(1), default=50, help="timed calls of each (default: 50)")
+    add("--seed", type=integer(0, 2**31 - 1), default=1, help="for weights and input (default: 1)")
     add(
         "--out",
         type=Path,
@@ -99,52 +92,34 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the script.
-
-    Parameters
-    ----------
-    argv : sequence of str, optional
-        The command line without the program's name; default: this process's.
-
-    Returns
-    -------
-    int
-        Exit status: 0, 1 or 2; ``--help`` says what they mean.
-    """
+    """Run the script; return its exit status, which ``--help`` explains."""
     options = build_parser().parse_args(argv)
     try:
-        for needed in ("scratchbn.deploy", "matplotlib.figure", "rich.table", "tqdm"):
+        for needed in ("matplotlib.figure", "tqdm"):
             import_module(needed)
-    except (ImportError, OSError) as error:
-        return _fail(2, f"{error}: pip install 'scratchbn[cpu,demo]' has all this needs")
-    try:
         nets = build_nets(options.net, options.params, options.seed, image_shape(options))
         options.out.mkdir(parents=True, exist_ok=True)
-    except (ImportError, OSError, ValueError) as error:
-        return _fail(2, str(error))
-    with staged(options.out) as folder, warnings.catch_warnings():
+    except ImportError as error:
+        return fail(
+            _NAME, 2, f"{error}: pip install 'scratchbn[cpu,demo,gluoncv]' has all this needs"
+        )
+    except (OSError, ValueError) as error:
+        return fail(_NAME, 2, str(error))
+    with staged_folder(options.out) as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Cannot decide type")  # of data; it is float32
-        files = write_forms(nets.ours, nets.x, folder)
-        runs = {name: _load(name, file, nets.x) for name, file in files.items() if not file.problem}
-        rows = compare(nets, files, runs, options.calls)
+        problems = write_forms(nets.ours, nets.x, folder)
+        rows = compare(nets, folder, problems, options.calls)
         draw_graphs(folder / "builtin-symbol.json", folder / "inference-dwconv-symbol.json", folder)
-        report = {
-            "net": options.net,
-            "input": list(nets.x.shape),
-            "rows": [asdict(row) for row in rows],
-        }
+        report = {"net": options.net, "input": list(nets.x.shape), "rows": list(map(asdict, rows))}
         (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-    print_table(f"{options.net}, input {'x'.join(map(str, nets.x.shape))}", rows)
+    header = ("form", "size", "operators", "difference", "median ms", "ratio", "")
+    print(f"{options.net}, input {'x'.join(map(str, nets.x.shape))}")
+    print(table(header, [row.cells() for row in rows]))
     print(f"written to {options.out}", flush=True)
     wrong = [row for row in rows if row.difference is not None and not row.difference <= TOLERANCE]
     if wrong:
-        return _fail(1, f"{wrong[0].name} differs by {wrong[0].difference:.1e} from the net")
+        return fail(_NAME, 1, f"{wrong[0].name} differs by {wrong[0].difference:.1e} from the net")
     return 0
-
-
-def _fail(status: int, message: str) -> int:
-    print(f"export_model.py: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    return status
 
 
 # --- nets --------------------------------------------------------------------------------------
@@ -171,34 +146,7 @@ def image_shape(options: argparse.Namespace) -> tuple[int, int, int, int]:
 
 
 def build_nets(name: str, params: str | None, seed: int, shape: tuple[int, ...]) -> Nets:
-    """Build a net twice, with our layer and with the built-in.
-
-    Parameters
-    ----------
-    name : str
-        ``'lenet'`` or a name of GluonCV's zoo.
-    params : str or None
-        A file of ``net.save_parameters``; without, the weights are random.
-    seed : int
-        For weights and input.
-    shape : tuple of int
-        Of the input.
-
-    Raises
-    ------
-    ImportError
-        If GluonCV is needed and missing.
-    OSError
-        If `params` cannot be read.
-    ValueError
-        If there is no such net, it does not take input of this shape, or `params` is not its.
-    """
-    from scratchbn import ScratchBatchNorm
-
-    import mxnet as mx
-    from mxnet import autograd
-    from mxnet.gluon import nn
-
+    """Build a net twice, with trained parameters or random ones; ValueError if it cannot run."""
     mx.random.seed(seed)
     rng = np.random.default_rng(seed)
     ours, builtin = (_build(name, norm) for norm in (ScratchBatchNorm, nn.BatchNorm))
@@ -210,125 +158,95 @@ def build_nets(name: str, params: str | None, seed: int, shape: tuple[int, ...])
             ours.load_parameters(params)
         ours(mx.nd.zeros(shape))
         if params is None:
-            _randomize_norms(ours, rng)
-        for _ in range(0 if params else _TRAINING_BATCHES):
-            with autograd.train_mode():
-                ours(mx.nd.array(rng.normal(size=(max(4, shape[0]), *shape[1:]))))
+            _randomize_norms(ours, rng, (max(4, shape[0]), *shape[1:]))
         with tempfile.TemporaryDirectory() as folder:
             ours.save_parameters(f"{folder}/net.params")
             builtin.load_parameters(f"{folder}/net.params")
         mx.nd.waitall()
     except (mx.MXNetError, AssertionError, ValueError) as error:
-        said = str(error).strip().splitlines() or [type(error).__name__]
         what = f"with the parameters {params!r}" if params else "as they are"
         raise ValueError(
-            f"{name} cannot run on input of shape {shape} {what}: {said[-1]}"
+            f"{name} cannot run on input of shape {shape} {what}: {first_line(error)}"
         ) from error
     return Nets(ours, builtin, mx.nd.array(rng.normal(size=shape)))
 
 
-def _randomize_norms(net: Any, rng: np.random.Generator) -> None:
-    import mxnet as mx
+def _build(name: str, norm: Any) -> Any:
+    with mx.name.NameManager():  # names that do not depend on what was built before
+        if name == "lenet":
+            return lenet(norm, prefix="lenet_")
+        from models.zoo import get_model  # needs GluonCV
 
+        return get_model(name, norm)
+
+
+def _randomize_norms(net: Any, rng: np.random.Generator, shape: tuple[int, ...]) -> None:
+    """Give the norms parameters that are not their defaults, and statistics of random images."""
     for name, parameter in net.collect_params().items():
         if name.endswith("gamma"):
             parameter.set_data(mx.nd.array(rng.uniform(0.5, 1.5, parameter.shape)))
         elif name.endswith("beta"):
             parameter.set_data(mx.nd.array(rng.normal(0, 0.1, parameter.shape)))
-
-
-def _build(name: str, norm: Any) -> Any:
-    import mxnet as mx
-
-    with mx.name.NameManager():  # names that do not depend on what was built before
-        if name == "lenet":
-            from models.lenet import lenet
-
-            return lenet(norm, prefix="lenet_")
-        from models.zoo import get_model
-
-        return get_model(name, norm)
+    for _ in range(_TRAINING_BATCHES):
+        with autograd.train_mode():
+            net(mx.nd.array(rng.normal(size=shape)))
 
 
 # --- forms -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Form:
-    """One form of a net on disk: its files, how many operators it has, or why it is not there."""
-
-    paths: tuple[Path, ...] = ()
-    operators: int = 0
-    problem: str = ""
-
-
-def write_forms(net: Any, x: Any, folder: Path) -> dict[str, Form]:
-    """Write a net in every form; returns them by name.
-
-    Parameters
-    ----------
-    net : HybridBlock
-        Initialized.
-    x : NDArray
-        An input.
-    folder : Path
-        An existing directory.
-    """
-    from scratchbn import convert_files
-    from scratchbn.deploy import export_inference, export_onnx, write_model
-
-    forms = {}
+def write_forms(net: Any, x: Any, folder: Path) -> dict[str, str]:
+    """Write a net in every form; return why a form is missing, by name."""
     net.hybridize()
     net(x)
     net.export(str(folder / "training"))
-    forms["training"] = _pair(folder, "training")
-    symbol, params = (str(path) for path in forms["training"].paths)
+    symbol, params = _files(folder, "training")
     write_model(folder / "builtin", *convert_files(symbol, params, to="builtin")[:2])
-    forms["builtin"] = _pair(folder, "builtin")
     for style in STYLES:
         export_inference(net, folder / f"inference-{style}", x, style=style)
-        forms[f"inference-{style}"] = _pair(folder, f"inference-{style}")
-    path = folder / "model.onnx"
     try:
-        export_onnx(net, path, x)
-        forms["model.onnx"] = Form((path,), len(import_module("onnx").load(path).graph.node))
+        export_onnx(net, folder / "model.onnx", x)
     except (ImportError, ValueError) as error:
-        forms["model.onnx"] = Form(problem=" ".join(str(error).split()))
-    return forms
+        return {"model.onnx": " ".join(str(error).split())}
+    return {}
 
 
-def _pair(folder: Path, name: str) -> Form:
-    paths = folder / f"{name}-symbol.json", folder / f"{name}-0000.params"
-    return Form(paths, len(_operators(paths[0])))
+def _files(folder: Path, form: str) -> list[str]:
+    names = [form] if form == "model.onnx" else [f"{form}-symbol.json", f"{form}-0000.params"]
+    return [str(folder / name) for name in names]
 
 
-def _operators(symbol: Path) -> list[dict[str, Any]]:
+def operators(symbol: Path) -> dict[int, dict[str, Any]]:
+    """Return the operators of a symbol file, by their number in it."""
     nodes = json.loads(symbol.read_text("utf-8"))["nodes"]
-    return [node for node in nodes if node["op"] != "null"]
+    return {i: node for i, node in enumerate(nodes) if node["op"] != "null"}
 
 
-def _load(name: str, form: Form, x: Any) -> Run | str:
-    """Return what runs a form on `x`, or why it cannot be run here."""
-    from mxnet.gluon import SymbolBlock
+def _count_operators(folder: Path, form: str) -> int:
+    if form == "model.onnx":
+        return len(import_module("onnx").load(str(folder / form)).graph.node)
+    return len(operators(folder / f"{form}-symbol.json"))
 
-    if name != "model.onnx":
-        return _runner(SymbolBlock.imports(str(form.paths[0]), ["data"], str(form.paths[1])), x)
+
+def _load(folder: Path, form: str, x: Any) -> Run:
+    """Return what runs a form on `x`; ImportError if it cannot be run here."""
+    files = _files(folder, form)
+    if form != "model.onnx":
+        return _runner(SymbolBlock.imports(files[0], ["data"], files[1]), x)
     try:
         runtime = import_module("onnxruntime")
-    except ImportError:
-        return "onnxruntime is not installed"
+    except ImportError as error:
+        raise ImportError("onnxruntime is not installed") from error
     settings = runtime.SessionOptions()
     # Its threads would wait for work beside the calls that are timed after it.
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = runtime.InferenceSession(
-        str(form.paths[0]), settings, providers=["CPUExecutionProvider"]
-    )
+    session = runtime.InferenceSession(files[0], settings, providers=["CPUExecutionProvider"])
     feed = {session.get_inputs()[0].name: x.asnumpy()}
     return lambda: list(session.run(None, feed))
 
 
 def _runner(net: Any, x: Any) -> Run:
-    net.hybridize(**_STATIC)
+    net.hybridize(static_alloc=True, static_shape=True)
 
     def run() -> list[np.ndarray]:
         y = net(x)
@@ -349,23 +267,52 @@ class Row:
     """
 
     name: str
-    size: int | None
-    operators: int | None
-    difference: float | None
-    ms: float | None
-    ratio: float | None
+    size: int | None = None
+    operators: int | None = None
+    difference: float | None = None
+    ms: float | None = None
+    ratio: float | None = None
     note: str = ""
 
+    def cells(self) -> list[str]:
+        """Return the line as text."""
+        size = None if self.size is None else self.size / 1024
+        formats = ("{:,.0f} KiB", "{}", "{:.1e}", "{:.2f}", "{:.2f}")
+        values = (size, self.operators, self.difference, self.ms, self.ratio)
+        texts = ["" if v is None else text.format(v) for text, v in zip(formats, values)]
+        return [self.name, *texts, self.note]
 
-def compare(
-    nets: Nets, forms: dict[str, Form], loaded: dict[str, Run | str], calls: int
-) -> list[Row]:
+
+def compare(nets: Nets, folder: Path, problems: dict[str, str], calls: int) -> list[Row]:
     """Run nets and forms on the same input, in turn, and compare outputs and times."""
+    runs = {_BUILT_IN: _runner(nets.builtin, nets.x), _OURS: _runner(nets.ours, nets.x)}
+    notes = dict(problems)
+    for form in FORMS:
+        try:
+            if form not in problems:
+                runs[form] = _load(folder, form, nets.x)
+        except ImportError as error:
+            notes[form] = str(error)
+    outputs = {name: run() for name, run in runs.items()}
+    medians = _medians(runs, calls)
+    rows = []
+    for name in (_BUILT_IN, _OURS, *FORMS):
+        known: dict[str, Any] = {"note": notes.get(name, "")}
+        if name in FORMS and name not in problems:
+            known["size"] = sum(Path(file).stat().st_size for file in _files(folder, name))
+            known["operators"] = _count_operators(folder, name)
+        if name in runs:
+            difference, size = compare_outputs(outputs[name], outputs[_OURS])
+            known["difference"] = difference / (size or 1)
+            known["ms"], known["ratio"] = medians[name], medians[name] / medians[_BUILT_IN]
+        rows.append(Row(name, **known))
+    return rows
+
+
+def _medians(runs: dict[str, Run], calls: int) -> dict[str, float]:
+    """Return the median time of a call in ms; who is called next is drawn at random."""
     from tqdm import tqdm
 
-    runs = {_BUILT_IN: _runner(nets.builtin, nets.x), _OURS: _runner(nets.ours, nets.x)}
-    runs.update((name, run) for name, run in loaded.items() if not isinstance(run, str))
-    outputs = {name: run() for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     rng = np.random.default_rng(0)
     with tqdm(total=calls * len(runs), desc="calls", unit="call", leave=False, disable=None) as bar:
@@ -377,165 +324,66 @@ def compare(
                 run()
                 times[name].append(time.perf_counter() - start)
                 bar.update()
-    medians = {name: 1000 * statistics.median(seconds) for name, seconds in times.items()}
-    rows = []
-    for name in [_BUILT_IN, _OURS, *forms]:
-        form = forms.get(name, Form())
-        run = loaded.get(name, "")
-        ms = medians.get(name)
-        rows.append(
-            Row(
-                name,
-                sum(path.stat().st_size for path in form.paths) or None,
-                form.operators or None,
-                _difference(outputs[name], outputs[_OURS]) if name in outputs else None,
-                ms,
-                None if ms is None else ms / medians[_BUILT_IN],
-                form.problem or (run if isinstance(run, str) else ""),
-            )
-        )
-    return rows
-
-
-def _difference(one: list[np.ndarray], other: list[np.ndarray]) -> float:
-    size = max(float(np.abs(b).max()) for b in other) or 1.0
-    found = [float(np.abs(a - b).max()) / size for a, b in zip(one, other)]
-    return math.inf if any(map(math.isnan, found)) else max(found)
-
-
-def print_table(title: str, rows: Sequence[Row]) -> None:
-    """Print the rows as a table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=None)
-    table.add_column("form", no_wrap=True)
-    for heading in ("size", "operators", "difference", "median ms", "ratio"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("")
-    for row in rows:
-        table.add_row(
-            row.name,
-            _text(row.size, lambda n: f"{n / 1024:,.0f} KiB"),
-            _text(row.operators, str),
-            _text(row.difference, lambda d: f"{d:.1e}"),
-            _text(row.ms, lambda t: f"{t:.2f}"),
-            _text(row.ratio, lambda r: f"{r:.2f}"),
-            row.note,
-        )
-    console = Console()
-    # A table in a file is not cut to the width of a terminal.
-    console.print(table, width=None if console.is_terminal else 120)
-
-
-def _text(value: Any, form: Callable[[Any], str]) -> str:
-    return "" if value is None else form(value)
+    return {name: 1000 * statistics.median(seconds) for name, seconds in times.items()}
 
 
 # --- picture -----------------------------------------------------------------------------------
 
-_ROWS = 24  # boxes in a column
-_BOX_WIDTH, _BOX_HEIGHT, _COLUMN, _ROW = 2.3, 0.52, 2.9, 0.85  # inches
+_ROWS = 24  # operators in a column
 _COLORS = {
     "BatchNorm": "#f4b183",
     "Convolution": "#9dc3e6",
-    "Deconvolution": "#9dc3e6",
     "FullyConnected": "#9dc3e6",
     "Activation": "#c5e0b4",
-    "relu": "#c5e0b4",
     "Pooling": "#ffe699",
 }
 
 
 def draw_graphs(before: Path, after: Path, folder: Path) -> None:
-    """Draw the operators of two symbol files side by side as ``graph.png``.
-
-    Parameters
-    ----------
-    before, after : Path
-        Files of symbols, before and after folding.
-    folder : Path
-        Where to write the picture.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """Draw the operators of two symbol files side by side as ``graph.png``."""
     from matplotlib.figure import Figure
 
-    graphs = [(title, *_layout(path)) for title, path in (("before", before), ("after", after))]
-    columns = [1 + max(x for x, _ in places.values()) for _, _, places in graphs]
+    graphs = [("before", *_layout(before)), ("after", *_layout(after))]
+    widths = [1 + max(x for x, _ in places.values()) for _, _, places in graphs]
     height = 1 + max(y for _, _, places in graphs for _, y in places.values())
-    size = ((sum(columns) + 1) * _COLUMN, height * _ROW + 0.8)
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 2, width_ratios=columns, squeeze=False)[0]
-    for axis, width, (title, nodes, places) in zip(axes, columns, graphs):
-        axis.set_title(f"{title} folding: {len(nodes)} operators", fontsize=13)
-        axis.set_xlim(-0.5 * _COLUMN, (width - 0.5) * _COLUMN)
-        axis.set_ylim(-(height - 0.4) * _ROW, 0.6 * _ROW)
+    figure = Figure(figsize=(3.5 * sum(widths), 0.85 * height + 1), layout="constrained")
+    axes = figure.subplots(1, 2, width_ratios=widths)
+    for axis, width, (title, nodes, places) in zip(axes, widths, graphs):
+        axis.set_title(f"{title} folding: {len(nodes)} operators")
+        axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
         axis.set_axis_off()
         _draw(axis, nodes, places)
     figure.savefig(folder / "graph.png", dpi=80)
 
 
 def _layout(symbol: Path) -> tuple[dict[int, dict[str, Any]], dict[int, tuple[int, int]]]:
-    """Return the operators of a graph and a place (column, row) for each, in order.
-
-    Operators follow each other down a column, and on to the next column; so an input comes before
-    what it is for, and branches lie one after the other.
-    """
-    everything = json.loads(symbol.read_text("utf-8"))["nodes"]
-    nodes = {i: node for i, node in enumerate(everything) if node["op"] != "null"}
+    """Return the operators of a graph and a place (column, row) for each, in order."""
+    nodes = operators(symbol)
     return nodes, {i: divmod(at, _ROWS) for at, i in enumerate(nodes)}
 
 
 def _draw(axis: Any, nodes: dict[int, Any], places: dict[int, tuple[int, int]]) -> None:
-    from matplotlib.patches import FancyBboxPatch
-
     order = {i: at for at, i in enumerate(nodes)}
     for i, node in nodes.items():
-        x, y = places[i][0] * _COLUMN, -places[i][1] * _ROW
-        axis.add_patch(
-            FancyBboxPatch(
-                (x - _BOX_WIDTH / 2, y - _BOX_HEIGHT / 2),
-                _BOX_WIDTH,
-                _BOX_HEIGHT,
-                boxstyle="round,pad=0,rounding_size=0.1",
-                facecolor=_COLORS.get(node["op"], "#ededed"),
-                edgecolor="#404040",
-            )
-        )
-        axis.text(x, y + 0.1, _operator(node), ha="center", va="center", fontsize=9)
-        axis.text(x, y - 0.13, _short(node["name"]), ha="center", va="center", fontsize=6.5)
         for source in dict.fromkeys(entry[0] for entry in node["inputs"] if entry[0] in nodes):
-            _connect(axis, places[source], places[i], order[i] - order[source])
-
-
-def _connect(axis: Any, start: tuple[int, int], end: tuple[int, int], apart: int) -> None:
-    (column, row), (to_column, to_row) = start, end
-    x, y, to_x, to_y = column * _COLUMN, -row * _ROW, to_column * _COLUMN, -to_row * _ROW
-    if apart == 1 and column == to_column:
-        begin, finish, style = (x, y - _BOX_HEIGHT / 2), (to_x, to_y + _BOX_HEIGHT / 2), "arc3"
-    elif column == to_column:  # past the boxes between, on their right
-        edge = _BOX_WIDTH / 2
-        begin, finish = (x + edge, y), (to_x + edge, to_y)
-        style = f"arc3,rad={-min(0.4, 0.5 / (apart * _ROW)):.3f}"
-    else:
-        begin, finish, style = (x + _BOX_WIDTH / 2, y), (to_x - _BOX_WIDTH / 2, to_y), "arc3"
-    arrow = {"arrowstyle": "-|>", "color": "#404040", "connectionstyle": style}
-    axis.annotate("", finish, begin, arrowprops={**arrow, "shrinkA": 0, "shrinkB": 0})
+            bend = 0.0 if order[i] - order[source] == 1 else 0.3  # past what is between
+            arrow: dict[str, Any] = {"arrowstyle": "-|>", "shrinkA": 23, "shrinkB": 13}
+            arrow["connectionstyle"] = f"arc3,rad={bend}"
+            axis.annotate("", places[i], places[source], arrowprops=arrow)
+    for i, node in nodes.items():
+        x, y = places[i]
+        box = {"boxstyle": "round", "facecolor": _COLORS.get(node["op"], "#ededed")}
+        axis.text(x, y, _operator(node), ha="center", va="center", fontsize=9, bbox=box)
+        axis.text(x, y + 0.28, node["name"][-34:], ha="center", va="center", fontsize=6)
 
 
 def _operator(node: dict[str, Any]) -> str:
     attrs = node.get("attrs", {})
-    what = attrs.get("act_type") or attrs.get("pool_type")
+    what = attrs.get("act_type") or attrs.get("pool_type") or ""
     if node["op"] == "Convolution":
         what = attrs["kernel"].strip("()").replace(", ", "x").rstrip(",")
-        if attrs.get("num_group", "1") != "1":
-            what += " grouped"
-    return f"{node['op']} {what}" if what else str(node["op"])
-
-
-def _short(name: str, longest: int = 34) -> str:
-    return name if len(name) <= longest else f"...{name[3 - longest :]}"
+        what += " grouped" if attrs.get("num_group", "1") != "1" else ""
+    return f"{node['op']} {what}".rstrip()
 
 
 if __name__ == "__main__":

@@ -7,34 +7,33 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-_ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(_ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for models
 
-import scratchbn  # noqa: E402  (prepares the runtime, so it comes before mxnet)
+import scratchbn
+from scratchbn import DeviceError, ScratchBatchNorm, resolve_device
+from scratchbn._command import Parser, fail, integer, positive
+from scratchbn._text import table
+from scratchbn._writing import staged_folder, write_text
+from scratchbn.datasets import Dataset, DatasetError, load
 
-# isort: split
-from scratchbn import DeviceError, ScratchBatchNorm, resolve_device  # noqa: E402
-from scratchbn.datasets import DatasetError, load  # noqa: E402
+import mxnet as mx
+import numpy as np
+from matplotlib.figure import Figure
+from mxnet import autograd, gluon
+from tqdm import tqdm
 
-import mxnet as mx  # noqa: E402
-import numpy as np  # noqa: E402
-from _scripting import Parser, staged  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from mxnet import autograd, gluon  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from models.mlp import binarize, initialize, mlp  # noqa: E402
+from models.mlp import binarize, initialize, mlp
 
 NETS: dict[str, Any] = {"with": ScratchBatchNorm, "without": None}
 PERCENTILES = (15, 50, 85)
 MILESTONES = (100, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000)
 
-_COLORS = {"with": "C0", "without": "C1"}
-_LARGEST_SEED = 2**31 - 1
+Run = dict[str, Any]  # what is kept of a run, as JSON
 
 _DESCRIPTION = """\
 Train the paper's net on binary MNIST with batch normalization and without: three layers of 100
@@ -53,30 +52,6 @@ Exit status: 0; 1 if the scores of a net are not finite; 2 for an option, data s
 cannot be used."""
 
 
-def _integer(least: int, most: float = math.inf) -> Any:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be an integer, got {text!r}") from None
-        if not least <= value <= most:
-            bounds = f"at least {least}" if most == math.inf else f"between {least} and {most}"
-            raise argparse.ArgumentTypeError(f"must be {bounds}, got {text!r}")
-        return value
-
-    return parse
-
-
-def _positive_number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be positive and finite, got {text!r}")
-    return value
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = Parser(
@@ -85,54 +60,27 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--steps", type=_integer(1), default=50_000, help="per run (default: 50000, the paper's)")
-    add(
-        "--seeds",
-        type=_integer(0, _LARGEST_SEED),
-        nargs="+",
-        default=[1, 2, 3],
-        metavar="SEED",
-        help="one run of each net per seed, for the weights and the order of the images "
-        "(default: 1 2 3)",
-    )
-    add("--batch-size", type=_integer(1), default=60, help="images per step (default: 60)")
-    add("--lr", type=_positive_number, default=0.5, help="learning rate (default: 0.5)")
-    add(
-        "--sigma",
-        type=_positive_number,
-        default=0.1,
-        help="standard deviation of the first weights (default: 0.1)",
-    )
+    add("--steps", type=integer(1), default=50_000, help="per run (default: 50000, the paper's)")
+    seed = integer(0, 2**31 - 1)
+    seeds = "one run of each net per seed, for weights and the order of images (default: 1 2 3)"
+    add("--seeds", type=seed, nargs="+", default=[1, 2, 3], metavar="SEED", help=seeds)
+    add("--batch-size", type=integer(1), default=60, help="images per step (default: 60)")
+    add("--lr", type=positive, default=0.5, help="learning rate (default: 0.5)")
+    sigma = "standard deviation of the first weights (default: 0.1)"
+    add("--sigma", type=positive, default=0.1, help=sigma)
     add("--device", default="auto", help="auto, cpu, gpu or gpu:1 (default: auto, a GPU if usable)")
-    add(
-        "--data",
-        default="auto",
-        help="auto, mnist, sample, fashion or a directory with the four IDX files (default: auto, "
-        "full MNIST where it can be had, else the embedded sample)",
+    data = (
+        "auto, mnist, sample, fashion or a directory with the four IDX files (default: auto, "
+        "full MNIST where it can be had, else the embedded sample)"
     )
-    add(
-        "--out",
-        type=Path,
-        default=Path("runs/paper-figure1"),
-        metavar="DIR",
-        help="where to write figure1.png, table.md and curves.json (default: runs/paper-figure1)",
-    )
+    add("--data", default="auto", help=data)
+    out = "where to write figure1.png, table.md and curves.json (default: runs/paper-figure1)"
+    add("--out", type=Path, default=Path("runs/paper-figure1"), metavar="DIR", help=out)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the script.
-
-    Parameters
-    ----------
-    argv : sequence of str, optional
-        The command line without the program's name; default: this process's.
-
-    Returns
-    -------
-    int
-        Exit status: 0, 1 or 2; ``--help`` says what they mean.
-    """
+    """Run the script on the arguments of the command line and return its exit status."""
     options = build_parser().parse_args(argv)
     try:
         device = resolve_device(options.device)
@@ -144,62 +92,35 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         (options.out / "runs").mkdir(parents=True, exist_ok=True)
     except (DatasetError, DeviceError, OSError, ValueError) as error:
-        return _fail(2, str(error))
+        return fail("paper_figure1.py", 2, str(error))
     print(f"data    {data.name}: {data.train:,} training and {data.test:,} test images")
     print(f"device  {device}", flush=True)
     try:
-        runs = [
-            _finished_run(options, data, net, seed)
-            for seed in dict.fromkeys(options.seeds)
-            for net in NETS
-        ]
+        seeds = dict.fromkeys(options.seeds)
+        runs = [_finished_run(options, data, net, seed) for seed in seeds for net in NETS]
     except FloatingPointError as error:
-        return _fail(1, str(error))
-    text = table(runs)
-    with staged(options.out) as folder:
-        draw(runs, folder / "figure1.png", data.name)
+        return fail("paper_figure1.py", 1, str(error))
+    curves = [curve_of(run) for run in runs]
+    text = summary(curves)
+    with staged_folder(options.out) as folder:
+        draw(curves, folder / "figure1.png", data.name)
         (folder / "table.md").write_text(text, "utf-8")
-        (folder / "curves.json").write_text(json.dumps(curves(runs)) + "\n", "utf-8")
+        (folder / "curves.json").write_text(json.dumps(curves) + "\n", "utf-8")
     print(f"\n{text}\nwritten to {options.out}", flush=True)
     return 0
 
 
-def _fail(status: int, message: str) -> int:
-    print(f"paper_figure1.py: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    return status
-
-
-# --- training ----------------------------------------------------------------------------------
-
-
 class Digits:
-    """A data set as the experiment needs it, on the device.
+    """A data set as the experiment needs it, on the device: images of 0 and 1, shape (N, 784)."""
 
-    Parameters
-    ----------
-    dataset : scratchbn.datasets.Dataset
-    device : mxnet.Context
-
-    Attributes
-    ----------
-    name, digest : str
-        The digest is a SHA-256 of all images and labels.
-    train, test : int
-        How many images there are.
-    train_images, test_images : NDArray, shape (N, 784), float32
-        Of 0 and 1.
-    train_labels : NDArray, shape (N,), float32
-    test_labels : numpy.ndarray, shape (N,), int32
-    """
-
-    def __init__(self, dataset: Any, device: Any) -> None:
+    def __init__(self, dataset: Dataset, device: Any) -> None:
         self.name = dataset.name
         self.device = device
         self.train, self.test = len(dataset.train_labels), len(dataset.test_labels)
         digest = hashlib.sha256()
         for part in ("train_images", "train_labels", "test_images", "test_labels"):
             digest.update(np.ascontiguousarray(getattr(dataset, part)).tobytes())
-        self.digest = digest.hexdigest()
+        self.digest = digest.hexdigest()  # SHA-256 of all images and labels
         self.train_images = mx.nd.array(binarize(dataset.train_images), ctx=device)
         self.train_labels = mx.nd.array(dataset.train_labels, ctx=device, dtype="float32")
         self.test_images = mx.nd.array(binarize(dataset.test_images), ctx=device)
@@ -222,20 +143,8 @@ class Loss(gluon.HybridBlock):
 def build_pair(norm: Any, sigma: float, seed: int, device: Any) -> tuple[Any, Any]:
     """Build a net, and what shows the input of its last sigmoids in training.
 
-    Parameters
-    ----------
-    norm : ScratchBatchNorm or None
-    sigma : float
-        Standard deviation of the weights.
-    seed : int
-        Nets of the same seed start from the same weights, whatever their norm layer.
-    device : mxnet.Context
-
-    Returns
-    -------
-    net, probe : HybridSequential
-        They share their Parameters. The probe ends before the last sigmoid and never moves running
-        statistics, as its layers have a momentum of 1.
+    They share their Parameters, and nets of one seed their weights. The probe ends before the last
+    sigmoid and never moves running statistics, as its layers have a momentum of 1.
     """
     mx.random.seed(seed)
     net = mlp(norm, prefix="mlp_")
@@ -265,56 +174,35 @@ def batches(images: int, size: int, steps: int, seed: int) -> np.ndarray:
     return order[: steps * size].reshape(steps, size)
 
 
-def train(options: argparse.Namespace, data: Digits, name: str, seed: int) -> dict[str, Any]:
-    """Train a net and return what was measured on the way.
+def train(options: argparse.Namespace, data: Digits, name: str, seed: int) -> Run:
+    """Train a net and return what was measured at T steps of it.
 
-    Parameters
-    ----------
-    options : argparse.Namespace
-        Of :func:`build_parser`.
-    data : Digits
-    name : {'with', 'without'}
-        The net.
-    seed : int
-
-    Returns
-    -------
-    dict
-        ``step``, a list of length T; ``accuracy``, the fraction of test images classified right,
-        likewise; ``percentiles``, nested lists of shape (T, 3, 100), in the unit of the sigmoid's
-        input.
-
-    Raises
-    ------
-    FloatingPointError
-        If the scores for the test images are not finite.
+    ``step`` and ``accuracy`` on the test images have length T, ``percentiles`` of the sigmoids'
+    inputs shape (T, 3, 100). FloatingPointError if the scores are not finite.
     """
+    title = f"{name} batch normalization, seed {seed}"
     net, probe = build_pair(NETS[name], options.sigma, seed, data.device)
     loss = Loss(net)
     loss.hybridize(static_alloc=True, static_shape=True)
-    trainer = gluon.Trainer(
-        net.collect_params(), "sgd", {"learning_rate": options.lr}, kvstore=None
-    )
-    chosen = mx.nd.array(
-        batches(data.train, options.batch_size, options.steps, seed), data.device, "int32"
-    )
+    sgd = {"learning_rate": options.lr}
+    trainer = gluon.Trainer(net.collect_params(), "sgd", sgd, kvstore=None)
+    order = batches(data.train, options.batch_size, options.steps, seed)
+    chosen = mx.nd.array(order, data.device, "int32")
     wanted = evaluation_steps(options.steps)
-    found: dict[str, Any] = {"step": wanted, "accuracy": [], "percentiles": []}
+    found: Run = {"step": wanted, "accuracy": [], "percentiles": []}
 
     def evaluate(step: int) -> None:
         mx.nd.waitall()  # a static graph does not make readers of running statistics wait
         scores = net(data.test_images).asnumpy()
         if not np.isfinite(scores).all():
             raise FloatingPointError(
-                f"the scores of the net {name} batch normalization, seed {seed}, are not finite at "
-                f"step {step}: try a lower --lr"
+                f"the scores of the net {title}, are not finite at step {step}: try a lower --lr"
             )
         with autograd.train_mode():
             inputs = probe(data.test_images).asnumpy()
         found["accuracy"].append(float((scores.argmax(axis=1) == data.test_labels).mean()))
         found["percentiles"].append(np.percentile(inputs, PERCENTILES, axis=0).tolist())
 
-    title = f"{name} batch normalization, seed {seed}"
     with tqdm(total=options.steps, desc=title, unit="step", disable=None) as bar:
         evaluate(0)
         for before, until in zip(wanted, wanted[1:]):
@@ -329,169 +217,109 @@ def train(options: argparse.Namespace, data: Digits, name: str, seed: int) -> di
     return found
 
 
-def _finished_run(
-    options: argparse.Namespace, data: Digits, name: str, seed: int
-) -> dict[str, Any]:
+def _finished_run(options: argparse.Namespace, data: Digits, name: str, seed: int) -> Run:
     """Return a run from its file if it was made with the same options, else train and keep it."""
     made_with = {
         "net": name,
         "seed": seed,
-        "steps": options.steps,
-        "batch_size": options.batch_size,
-        "lr": options.lr,
-        "sigma": options.sigma,
+        **{key: getattr(options, key) for key in ("steps", "batch_size", "lr", "sigma")},
         "data": data.name,
         "sha256": data.digest,
         "device": str(data.device),
         "version": scratchbn.__version__,
     }
     file = options.out / "runs" / f"{name}-{seed}.json"
-    kept = _read(file)
-    if kept is not None and kept["options"] == made_with:
-        print(f"{name} batch normalization, seed {seed}: read from {file}", flush=True)
-        return kept
+    with suppress(FileNotFoundError, KeyError, TypeError, ValueError):
+        kept: Run = json.loads(file.read_text("utf-8"))
+        if kept["options"] == made_with:
+            print(f"{name} batch normalization, seed {seed}: read from {file}", flush=True)
+            return kept
     run = {"options": made_with, **train(options, data, name, seed)}
-    with staged(file.parent) as folder:
-        (folder / file.name).write_text(json.dumps(run) + "\n", "utf-8")
+    write_text(file, json.dumps(run) + "\n")
     return run
 
 
-def _read(file: Path) -> dict[str, Any] | None:
-    """Return the run in a file, or None if there is none."""
-    try:
-        run = json.loads(file.read_text("utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-    needed = {"options", "step", "accuracy", "percentiles"}
-    return run if isinstance(run, dict) and needed <= run.keys() else None
-
-
-# --- what came of it ----------------------------------------------------------------------------
-
-
-def median_range(run: dict[str, Any]) -> np.ndarray:
-    """Return how far the median of each sigmoid's input wandered, shape (100,).
-
-    The distance between its least and its greatest value during training.
-    """
+def median_range(run: Run) -> np.ndarray:
+    """Return the greatest less the least median of each sigmoid's input, shape (100,)."""
     medians = np.array(run["percentiles"])[:, 1]
     return medians.max(axis=0) - medians.min(axis=0)
 
 
-def width_ratio(run: dict[str, Any]) -> np.ndarray:
-    """Return how much the spread of each sigmoid's input changed, shape (100,).
-
-    The greatest distance from the 15th to the 85th percentile during training, over the least.
-    """
-    found = np.array(run["percentiles"])
-    widths = found[:, 2] - found[:, 0]
+def width_ratio(run: Run) -> np.ndarray:
+    """Return the greatest over the least width, 15% to 85%, of each sigmoid's input, (100,)."""
+    low, _, high = np.moveaxis(np.array(run["percentiles"]), 1, 0)
+    widths = high - low
     return widths.max(axis=0) / widths.min(axis=0)
 
 
-def typical_unit(run: dict[str, Any]) -> int:
-    """Return the sigmoid whose median wandered neither much nor little: the middle one of all."""
+def curve_of(run: Run) -> Run:
+    """Return what is shown of a run; the sigmoid is the one whose median has the middle range."""
     ranges = median_range(run)
-    return int(np.argsort(ranges, kind="stable")[len(ranges) // 2])
+    unit = int(np.argsort(ranges, kind="stable")[len(ranges) // 2])
+    return {
+        **{key: run[key] for key in ("options", "step", "accuracy")},
+        "unit": unit,
+        "percentiles": np.array(run["percentiles"])[:, :, unit].tolist(),
+        "median_range": float(np.median(ranges)),
+        "width_ratio": float(np.median(width_ratio(run))),
+    }
 
 
-def curves(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return what the picture shows, for each run, ready for JSON."""
-    return [
-        {
-            "options": run["options"],
-            "step": run["step"],
-            "accuracy": run["accuracy"],
-            "unit": typical_unit(run),
-            "percentiles": np.array(run["percentiles"])[:, :, typical_unit(run)].tolist(),
-            "median_range": float(np.median(median_range(run))),
-            "width_ratio": float(np.median(width_ratio(run))),
-        }
-        for run in runs
-    ]
-
-
-def table(runs: list[dict[str, Any]]) -> str:
+def summary(curves: Sequence[Run]) -> str:
     """Return the result as a Markdown table: means over the seeds, with least and greatest."""
-    first = runs[0]
-    seeds = {run["options"]["seed"] for run in runs}
-    last = first["step"][-1]
-    heads = [f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}", *(f"{name} BN" for name in NETS)]
-    rows = [f"| {' | '.join(heads)} |", "|---|---|---|"]
+    rows: list[tuple[str, ...]] = []
 
-    def add(title: str, of_run: Any, show: Any) -> None:
+    def add(title: str, values: list[float], show: Callable[[Any], str]) -> None:
         cells = []
         for name in NETS:
-            values = [of_run(run) for run in runs if run["options"]["net"] == name]
-            mean, least, most = np.mean(values), min(values), max(values)
-            spread = f" ({show(least)} to {show(most)})" if len(values) > 1 else ""
-            cells.append(show(mean) + spread)
-        rows.append(f"| {title} | {' | '.join(cells)} |")
+            of_net = [v for v, curve in zip(values, curves) if curve["options"]["net"] == name]
+            mean, least, most = map(show, (np.mean(of_net), min(of_net), max(of_net)))
+            cells.append(f"{mean} ({least} to {most})" if len(of_net) > 1 else mean)
+        rows.append((title, *cells))
 
     def accuracy(value: float) -> str:
         return f"{value:.4f}".removeprefix("0")
 
-    for step in sorted({*(m for m in MILESTONES if m < last), last}):
-        place = first["step"].index(step)
-        add(f"test accuracy after {step:,} steps", lambda r, p=place: r["accuracy"][p], accuracy)
-    add("best test accuracy", lambda run: max(run["accuracy"]), accuracy)
-    add(
-        "range of the median of a sigmoid's input",
-        lambda run: np.median(median_range(run)),
-        "{:.2f}".format,
-    )
-    add(
-        "width of its middle 70%, greatest over least",
-        lambda run: np.median(width_ratio(run)),
-        "{:.1f}".format,
-    )
-    return "\n".join(rows) + "\n"
+    steps = curves[0]["step"]
+    for step in sorted({*(m for m in MILESTONES if m < steps[-1]), steps[-1]}):
+        i = steps.index(step)
+        add(f"test accuracy after {step:,} steps", [c["accuracy"][i] for c in curves], accuracy)
+    add("best test accuracy", [max(c["accuracy"]) for c in curves], accuracy)
+    ranges, ratios = ([c[key] for c in curves] for key in ("median_range", "width_ratio"))
+    add("range of the median of a sigmoid's input", ranges, "{:.2f}".format)
+    add("width of its middle 70%, greatest over least", ratios, "{:.1f}".format)
+    seeds = len(curves) // len(NETS)
+    header = (f"{seeds} seed{'s' if seeds > 1 else ''}", *(f"{name} BN" for name in NETS))
+    return table(header, rows, markdown=True) + "\n"
 
 
-def draw(runs: list[dict[str, Any]], path: Path, data_name: str) -> None:
+def draw(curves: Sequence[Run], path: Path, data_name: str) -> None:
     """Draw the three panels of the paper's figure and write them as PNG."""
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     left, *bands = figure.subplots(1, 3)
     bands[1].sharey(bands[0])
-    for axes, name in zip(bands, NETS):
-        of_net = [run for run in runs if run["options"]["net"] == name]
-        steps, label = of_net[0]["step"], f"{name} BN"
-        accuracies = 100 * np.array([run["accuracy"] for run in of_net])
-        left.fill_between(
-            steps, accuracies.min(axis=0), accuracies.max(axis=0), color=_COLORS[name], alpha=0.25
-        )
-        left.plot(steps, accuracies.mean(axis=0), color=_COLORS[name], label=label)
-
-        unit = typical_unit(of_net[0])
-        low, middle, high = np.array(of_net[0]["percentiles"])[:, :, unit].T
-        axes.fill_between(steps, low, high, color=_COLORS[name], alpha=0.25)
+    steps = curves[0]["step"]
+    for axes, letter, name, color in zip(bands, "bc", NETS, ("C0", "C1")):
+        of_net = [curve for curve in curves if curve["options"]["net"] == name]
+        accuracy = 100 * np.array([curve["accuracy"] for curve in of_net])
+        least, most = accuracy.min(axis=0), accuracy.max(axis=0)
+        left.fill_between(steps, least, most, color=color, alpha=0.25)
+        left.plot(steps, accuracy.mean(axis=0), color=color, label=f"{name} BN")
+        low, middle, high = np.array(of_net[0]["percentiles"]).T
+        axes.fill_between(steps, low, high, color=color, alpha=0.25)
         for values, percentile, style in zip((low, middle, high), PERCENTILES, ("--", "-", "--")):
-            axes.plot(steps, values, style, color=_COLORS[name])
-            axes.annotate(
-                f"{percentile}%",
-                (steps[-1], values[-1]),
-                xytext=(4, 0),
-                textcoords="offset points",
-                verticalalignment="center",
-            )
-        axes.set(
-            xlim=(0, 1.14 * steps[-1]),
-            xlabel="training step",
-            ylabel="input of a sigmoid",
-            title=f"({'bc'[bands.index(axes)]}) Percentiles {label}",
-        )
-        axes.xaxis.set_major_formatter("{x:,.0f}")
+            axes.plot(steps, values, style, color=color)
+            axes.text(1.01 * steps[-1], values[-1], f"{percentile}%", verticalalignment="center")
+        axes.set(xlabel="training step", ylabel="input of a sigmoid", xlim=(0, 1.14 * steps[-1]))
+        axes.set_title(f"({letter}) Percentiles {name} BN")
         axes.locator_params(axis="x", nbins=5)
-    seeds = len({run["options"]["seed"] for run in runs})
-    left.set(
-        xscale="log",
-        xlim=(min(100, runs[0]["step"][-1] / 2), runs[0]["step"][-1]),
-        ylim=(80 if min(run["accuracy"][-1] for run in runs) > 0.8 else 0, 100),
-        xlabel="training step",
-        ylabel="test accuracy (%)",
-        title=f"(a) Mean and range of {seeds} seeds" if seeds > 1 else "(a) One seed",
-    )
-    left.xaxis.set_major_formatter("{x:,.0f}")
+    seeds = len(of_net)
+    left.set(xscale="log", xlabel="training step", ylabel="test accuracy (%)")
+    left.set_xlim(min(100, steps[-1] / 2), steps[-1])
+    left.set_ylim(80 if min(curve["accuracy"][-1] for curve in curves) > 0.8 else 0, 100)
+    left.set_title(f"(a) Mean and range of {seeds} seeds" if seeds > 1 else "(a) One seed")
     for axes in (left, *bands):
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.grid(alpha=0.3)
     left.legend(loc="lower right")
     figure.suptitle(f"Figure 1 of the batch normalization paper, on {data_name}")

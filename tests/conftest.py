@@ -7,7 +7,7 @@ import random
 import zlib
 
 import scratchbn  # prepares the runtime, so it comes before mxnet
-import scratchbn._backend
+import scratchbn.backends
 
 # isort: split
 import helpers
@@ -30,7 +30,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--backend",
         default="all",
-        choices=("all", *scratchbn._backend.BACKENDS),
+        choices=("all", *scratchbn.backends.BACKENDS),
         help="backend of the layers; all: each in turn where the contract is tested, else auto",
     )
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import scratchbn
-from scratchbn import _runtime
+from scratchbn.environment.prepare import find_cuda_libraries
+from scratchbn.parity.oracle import OracleBatchNorm, Step
 
 import mxnet as mx
 import numpy as np
 from mxnet import autograd
 from mxnet.gluon import SymbolBlock, nn
-from oracle import OracleBatchNorm, Step
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODES = ("eager", "hybrid", "static_alloc", "static_shape", "nested", "exported")
@@ -192,6 +192,20 @@ def infer(subject, x):
     return subject(subject.array(x)).asnumpy()
 
 
+def numeric_gradient(loss, array, step=1e-6):
+    """The gradient of `loss()` by central differences, element by element of `array`."""
+    gradient = np.empty_like(array)
+    for index in np.ndindex(array.shape):
+        kept = array[index]
+        array[index] = kept + step
+        above = loss()
+        array[index] = kept - step
+        below = loss()
+        array[index] = kept
+        gradient[index] = (above - below) / (2 * step)
+    return gradient
+
+
 def run_python(
     source: str, *args: str, env: dict | None = None, timeout: float = 120
 ) -> subprocess.CompletedProcess:
@@ -213,7 +227,7 @@ def run_python(
 
 def without_scratchbn() -> dict:
     """The environment in which mxnet finds pip's CUDA libraries without `scratchbn` before it."""
-    folders = dict.fromkeys(str(path.parent) for path in _runtime.find_cuda_libraries().values())
+    folders = dict.fromkeys(str(path.parent) for path in find_cuda_libraries().values())
     if not folders:
         return {}
     present = filter(None, [os.environ.get("LD_LIBRARY_PATH")])

@@ -38,9 +38,8 @@ class _Kernel:
         import mxnet as mx
 
         try:
-            if not hasattr(
-                mx.nd._internal, "_scratchbn_batch_norm"
-            ):  # twice would replace it in use
+            # Twice would replace it in use.
+            if not hasattr(mx.nd._internal, "_scratchbn_batch_norm"):
                 mx.library.load(str(path), verbose=False)
         except mx.MXNetError as error:
             raise BackendError(f"MXNet could not load {path}: {error}") from error

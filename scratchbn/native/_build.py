@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from .. import _runtime
+from ..environment.prepare import mxnet_distributions
 
 _HERE = Path(__file__).resolve().parent
 _SOURCES = ("operator.cc", "batch_norm.h", "walk.h", "simd.h")
@@ -60,7 +60,7 @@ def library_path() -> Path:
     for source in (*(_HERE / name for name in _SOURCES), *_interface()):
         digest.update(source.read_bytes())
     digest.update(" ".join(_flags()).encode())
-    version = "-".join(_runtime.mxnet_distributions().values()) or "source"
+    version = "-".join(mxnet_distributions().values()) or "source"
     return _cache_directory() / f"batch_norm-mxnet-{version}-{digest.hexdigest()[:16]}.so"
 
 

@@ -32,9 +32,9 @@ struct Saved {
   T *high, *low, *inverse_std;
 };
 
-// Coefficients of a channel. An element x becomes y = (x - high) * factor + offset, an element of dy
-// becomes dx = factor (dy - mean) + slope (x - high) + level; until the mean of dy is known, `mean`
-// is a reference that its sum is measured from.
+// Coefficients of a channel: y = (x - high) * factor + offset and, in the backward,
+// dx = factor (dy - mean) + slope (x - high) + level. Until the mean of dy is known, `mean` is a
+// reference that its sum is measured from.
 enum Coefficient : size_t { kHigh, kFactor, kOffset, kMean, kSlope, kLevel };
 
 template <typename V, typename K>

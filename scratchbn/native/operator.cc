@@ -110,8 +110,8 @@ MXReturnValue parse_attributes(const Attributes& attributes, int* inputs, int* o
 }
 
 MXReturnValue infer_type(const Attributes&, std::vector<int>* in, std::vector<int>* out) {
-  int& type = in->front();
-  if (type != -1 && type != mxnet::ext::kFloat64) type = mxnet::ext::kFloat32;  // MXNet reports another
+  int& type = in->front();  // where it is neither, MXNet reports that float32 was expected
+  if (type != -1 && type != mxnet::ext::kFloat64) type = mxnet::ext::kFloat32;
   out->assign(kOutputs, type);
   return MX_SUCCESS;
 }

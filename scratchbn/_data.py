@@ -1,0 +1,70 @@
+"""What data and initializers a layer takes."""
+
+from __future__ import annotations
+
+from typing import Any, Union
+
+import mxnet as mx
+import numpy as np
+
+Initializer = Union[str, mx.init.Initializer]
+Dtype = np.dtype[Any]
+
+# The dtype of Parameters and statistics, by that of the data.
+_STATISTICS: dict[Dtype, Dtype] = {
+    np.dtype("float16"): np.dtype("float32"),
+    np.dtype("float32"): np.dtype("float32"),
+    np.dtype("float64"): np.dtype("float64"),
+}
+
+
+def check_dtype(dtype: Any) -> Dtype:
+    """Return a dtype that data may have."""
+    try:
+        wanted = np.dtype(dtype)
+    except TypeError:
+        wanted = None
+    if wanted not in _STATISTICS:
+        raise TypeError(f"dtype must be float16, float32 or float64, got {dtype!r}")
+    return wanted
+
+
+def statistics_dtype(dtype: Any) -> Dtype:
+    """Return the dtype of Parameters and statistics for data of a dtype."""
+    return _STATISTICS[np.dtype(dtype)]
+
+
+def check_data(x: mx.nd.NDArray, axis: int, channels: int, held: Any) -> None:
+    """Check data against a layer's axis, channels (0: not known yet) and Parameters' dtype."""
+    if x.ndim < 2:
+        raise ValueError(
+            f"data must have at least 2 axes, a batch axis and a channel axis; got {x.shape}"
+        )
+    if not -x.ndim <= axis < x.ndim:
+        raise ValueError(f"axis={axis} is out of range for data of shape {x.shape}")
+    if channels and x.shape[axis] != channels:
+        raise ValueError(
+            f"data must have {channels} channels on axis {axis} (in_channels={channels}), "
+            f"got {x.shape[axis]} in shape {x.shape}"
+        )
+    if x.shape[axis] == 0:
+        raise ValueError(f"data must have at least 1 channel on axis {axis}, got {x.shape}")
+    dtype = np.dtype(x.dtype)
+    if dtype not in _STATISTICS:
+        raise TypeError(f"data must be float16, float32 or float64, got {dtype.name}")
+    if np.dtype(held) != _STATISTICS[dtype]:
+        raise TypeError(
+            f"data of dtype {dtype.name} needs parameters of {_STATISTICS[dtype].name}, got "
+            f"{np.dtype(held).name}: call cast('{dtype.name}') on the layer or the net first"
+        )
+
+
+def check_initializer(name: str, value: Any) -> Initializer:
+    """Return an initializer, or the name of one."""
+    if not isinstance(value, (str, mx.init.Initializer)):
+        raise TypeError(f"{name} must be a str or an Initializer, got {value!r}")
+    try:
+        mx.init.create(value)
+    except Exception as error:
+        raise ValueError(f"{name} must name a registered initializer, got {value!r}") from error
+    return value

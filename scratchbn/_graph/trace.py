@@ -1,0 +1,166 @@
+"""The graph that is being built, as an object; Gluon keeps no record of it.
+
+Two doors lead into a trace, and importing this module wraps both: ``HybridBlock._get_graph``, for
+a block that is given arrays, and ``Block.__call__``, for one that is called on symbols. A third
+wrapper, of ``HybridBlock._build_cache``, tells the trace of a graph that will be executed from the
+trace of one that a block remembers for ``export``, ``save`` and shape inference.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import mxnet as mx
+import numpy as np
+from mxnet.attribute import AttrScope
+from mxnet.gluon import Block, HybridBlock, SymbolBlock
+from mxnet.gluon.block import _flatten
+
+from .arrays import Array, is_symbol
+
+# How a node looks in a graph's JSON whose operator this library compiled: no file may hold one.
+_COMPILED = '"op": "_scratchbn_'
+
+
+@dataclass(frozen=True)
+class Write:
+    """The value of a variable after a write, and a symbol that exists once it has happened."""
+
+    value: Array
+    done: Array
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A graph being built.
+
+    `arrays` are what the block was called with, by the names of their symbols; `writes` holds the
+    latest write to each variable. `purpose` is 'execute', 'remember', or 'symbols' where a block
+    is called on symbols and nobody knows what for.
+    """
+
+    purpose: str = "symbols"
+    arrays: dict[str, Array] = field(default_factory=dict)
+    writes: dict[Any, Write] = field(default_factory=dict)
+
+
+class _Here(threading.local):
+    trace: Trace | None = None
+    executing = False
+
+
+_here = _Here()
+
+
+def current() -> Trace:
+    """Return the trace this thread is in; an empty one outside of any."""
+    return _here.trace or Trace()
+
+
+def key_of(variable: Array) -> tuple[str, str | None]:
+    """Return what a trace knows a variable by; the body of a loop is a graph of its own."""
+    return variable.name, AttrScope._current.value.get(None).get("__subgraph_name__")
+
+
+def is_float16(x: Array, layer_dtype: Any) -> bool:
+    """Tell whether `x` is float16, as far as can be known; `layer_dtype` is the last resort.
+
+    A symbol's dtype is inferred from the arrays of the trace. Inference visits the whole graph, so
+    it is not done where nothing hints at float16.
+    """
+    if not is_symbol(x):
+        return np.dtype(x.dtype) == np.float16
+    given = {name: a.dtype for name, a in current().arrays.items()}
+    if np.float16 not in (layer_dtype, *map(np.dtype, given.values())):
+        return False
+    used = set(x.list_arguments())
+    try:
+        _, outputs, _ = x.infer_type_partial(**{k: v for k, v in given.items() if k in used})
+    except mx.MXNetError:  # an operator that cannot tell its type from what is known
+        outputs = None
+    return np.dtype(outputs[0] if outputs and outputs[0] else layer_dtype) == np.float16
+
+
+def devices_of(x: Array) -> set[str]:
+    """Return the types of the devices that hold `x`, or the arrays its graph is traced with."""
+    arrays = current().arrays.values() if is_symbol(x) else [x]
+    return {a.context.device_type for a in arrays}
+
+
+@contextmanager
+def executing() -> Iterator[None]:
+    """Trace graphs for execution inside a ``with`` block: they need not be portable."""
+    before, _here.executing = _here.executing, True
+    try:
+        yield
+    finally:
+        _here.executing = before
+
+
+@contextmanager
+def _opened(trace: Trace) -> Iterator[None]:
+    before, _here.trace = _here.trace, trace
+    try:
+        yield
+    finally:
+        _here.trace = before
+
+
+def _by_name(args: tuple[Any, ...]) -> dict[str, Array]:
+    """Return the arrays among the arguments by the names Gluon gives their symbols."""
+    given = [a for a in _flatten(args, "input")[0] if a is not None]
+    names = ["data"] if len(given) == 1 else [f"data{i}" for i in range(len(given))]
+    return {name: a for name, a in zip(names, given) if isinstance(a, mx.nd.NDArray)}
+
+
+def _called_on_arrays(get_graph: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(get_graph)
+    def traced(block: HybridBlock, *args: Any) -> Any:
+        if block._cached_graph:
+            return get_graph(block, *args)
+        with _opened(Trace("execute" if _here.executing else "remember", _by_name(args))):
+            return get_graph(block, *args)
+
+    return traced
+
+
+def _called_on_symbols(call: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def traced(block: Block, *args: Any) -> Any:
+        if _here.trace is not None or (args and isinstance(args[0], mx.nd.NDArray)):
+            return call(block, *args)
+        with _opened(Trace()):
+            return call(block, *args)
+
+    return traced
+
+
+def _built_to_execute(build_cache: Callable[..., None]) -> Callable[..., None]:
+    """Build what a block executes from a trace of its own, and let it remember a portable graph."""
+
+    @functools.wraps(build_cache)
+    def build(block: HybridBlock, *args: Any) -> None:
+        if isinstance(block, SymbolBlock):  # it has a graph and nothing to trace
+            return build_cache(block, *args)
+        remembered, block._cached_graph = block._cached_graph, ()
+        try:
+            with executing():
+                build_cache(block, *args)
+        except BaseException:
+            block._cached_graph = remembered
+            raise
+        if _COMPILED in block._cached_graph[1].tojson() and not block._backend:
+            block._cached_graph = remembered
+            block._get_graph(*args)
+
+    return build
+
+
+HybridBlock._get_graph = _called_on_arrays(HybridBlock._get_graph)
+HybridBlock._build_cache = _built_to_execute(HybridBlock._build_cache)
+Block.__call__ = _called_on_symbols(Block.__call__)

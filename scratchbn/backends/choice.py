@@ -1,0 +1,142 @@
+"""Which way a layer computes. A hybridized net keeps what was chosen when it was traced."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
+
+from .. import native as kernel
+from .._graph import trace
+from .._graph.arrays import Array, is_symbol
+from ..native import BackendError
+from .marker import describe, marker, marking
+from .native import native
+from .portable import portable
+from .way import Layer, Way
+
+BACKENDS = ("auto", "portable", "native")
+_CPU = {"cpu", "cpu_pinned", "cpu_shared"}
+
+_chosen: str | None = None
+_here = threading.local()
+
+
+def choose(layer: Layer, x: Array) -> Way:
+    """Return the way to compute for this layer and this input."""
+    symbolic = is_symbol(x)
+    if symbolic and marking() and describe(layer) is not None:
+        return marker
+    purpose = trace.current().purpose if symbolic else "eager"
+    if layer.is_stock and is_native(trace.devices_of(x), purpose):
+        return native
+    return portable
+
+
+def is_native(devices: Set[str], purpose: str) -> bool:
+    """Tell whether to compute with the kernel.
+
+    `devices` are the types of those that hold the data, empty if no data is at hand; `purpose` is
+    'eager', or that of the :class:`~scratchbn._graph.trace.Trace`. A BackendError says why the
+    kernel cannot be had where it was chosen by name.
+    """
+    name = get_backend()
+    if name == "portable" or purpose == "remember":
+        return False
+    if name == "auto":
+        on_cpu = bool(devices) and devices <= _CPU
+        return purpose == "execute" and on_cpu and kernel.available()
+    if not devices <= _CPU:
+        raise BackendError(
+            f"the native backend runs on CPUs, the data is on {', '.join(sorted(devices - _CPU))}: "
+            "choose 'auto' or 'portable'"
+        )
+    kernel.load()
+    return True
+
+
+def set_backend(name: str) -> None:
+    """Choose what layers compute with, in every thread, from now on.
+
+    Without a call of this function it is what the environment variable SCRATCHBN_BACKEND names,
+    else 'auto'.
+
+    Parameters
+    ----------
+    name : {'auto', 'portable', 'native'}
+        'portable': operators that every MXNet has, on any device. 'native': the compiled kernel,
+        built now if it has not been; it runs on CPUs. 'auto': native for hybridized nets on a CPU
+        if the kernel is built (``python -m scratchbn build-native``), else portable; eager calls
+        are portable, as their time goes into Python.
+
+    Raises
+    ------
+    ValueError
+        If `name` is none of the three.
+    BackendError
+        If `name` is 'native' and the kernel can be neither found nor built. Nothing is changed.
+
+    Notes
+    -----
+    A hybridized net keeps what was chosen when it was traced: choose before its first call, or
+    call ``hybridize()`` again. What ``export`` and ``save`` write is always the portable graph,
+    and so is a layer called on symbols unless 'native' was chosen by name. A layer that overrides
+    how it computes is always portable.
+    """
+    global _chosen
+    _check(name)
+    _chosen = name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Choose what layers compute with in this thread, inside a ``with`` block.
+
+    Parameters
+    ----------
+    name : {'auto', 'portable', 'native'}
+        See :func:`set_backend`.
+
+    Raises
+    ------
+    ValueError, BackendError
+        As :func:`set_backend` does.
+
+    Examples
+    --------
+    >>> with use_backend("portable"):
+    ...     get_backend()
+    'portable'
+    """
+    _check(name)
+    before = getattr(_here, "chosen", None)
+    _here.chosen = name
+    try:
+        yield
+    finally:
+        _here.chosen = before
+
+
+def get_backend() -> str:
+    """Return the name that was chosen, for this thread: 'auto', 'portable' or 'native'.
+
+    Raises
+    ------
+    ValueError
+        If the environment variable SCRATCHBN_BACKEND is none of the three.
+    """
+    name = getattr(_here, "chosen", None) or _chosen
+    if name is not None:
+        return str(name)
+    name = os.environ.get("SCRATCHBN_BACKEND") or "auto"
+    if name not in BACKENDS:
+        raise ValueError(f"SCRATCHBN_BACKEND must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+def _check(name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"name must be one of {', '.join(BACKENDS)}, got {name!r}")
+    if name == "native":
+        kernel.load()

@@ -1,0 +1,72 @@
+"""The compiled operator; what it computes is in ``scratchbn/native/``."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from mxnet import autograd
+
+from .._graph.arrays import Array, is_symbol
+from .._graph.state import alike, depend, remember, written
+from ..native import batch_norm
+from .way import Layer, State, in_float32
+
+_serial = itertools.count()
+
+
+@in_float32
+def native(layer: Layer, F: Any, x: Array, state: State) -> Array:
+    """Normalize a batch by one operator, in training and in inference."""
+    options = layer.options
+    relu = layer.activates_by_relu
+    compute = _in_graph if is_symbol(x) else _now
+    y = compute(
+        F,
+        x,
+        state,
+        may_train=not options.use_global_stats,
+        axis=options.axis,
+        epsilon=options.epsilon,
+        momentum=options.momentum,
+        scale=options.scale,
+        center=options.center,
+        relu=relu,
+        unbiased_variance=options.unbiased_variance,
+    )
+    return y if relu else layer.activate(F, y)
+
+
+def _now(F: Any, x: Array, state: State, may_train: bool, **options: Any) -> Array:
+    inputs = [x, state.gamma, state.beta]
+    if autograd.is_recording():
+        # MXNet overwrites the gradient of an extension's input also where grad_req is 'add'.
+        inputs = [v if v.grad is None else F.identity(v) for v in inputs]
+    training = may_train and autograd.is_training()
+    flag = F.full((1,), 0 if training else 1, ctx=x.context)
+    return _operator(F, inputs, state, flag, options)[0]
+
+
+def _in_graph(F: Any, x: Array, state: State, may_train: bool, **options: Any) -> Array:
+    # Each identity of its own: MXNet merges equal nodes, and adds many gradients in place.
+    inputs = [F.identity(v, attr=_distinct()) for v in (x, state.gamma, state.beta)]
+    flag = F.ones((1,))
+    flag = F.Dropout(flag, p=0.5) if may_train else flag  # 1 in inference, 0 or 2 in training
+    before = written(state.running_mean)
+    if before is not None:  # a layer that is called twice writes in the order of the calls
+        flag = depend(F, flag, F.cast(F.slice_axis(before, 0, 0, 1), "float32"))
+    y, done = _operator(F, inputs, state, flag, options)
+    for variable in state.moving:
+        remember(variable, alike(F, variable, done), done)
+    return y
+
+
+def _operator(F: Any, inputs: list[Array], state: State, flag: Array, options: Any) -> Any:
+    """Return the output, and a symbol of the writes."""
+    mean, variance, *count = state.moving
+    x, gamma, beta = inputs
+    return batch_norm(F, x, gamma, beta, mean, variance, flag, *count, **options)
+
+
+def _distinct() -> dict[str, str]:
+    return {"__serial__": str(next(_serial))}

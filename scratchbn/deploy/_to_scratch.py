@@ -1,0 +1,171 @@
+"""MXNet's ``BatchNorm`` nodes in a file -> the training graphs of our layers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mxnet as mx
+import numpy as np
+from mxnet import autograd
+from mxnet.gluon import Block
+
+from .._net import BATCH_NORM_OPERATORS
+from .._text import first_line
+from ..backends.marker import KEY as MARKER
+from ..convert import ConversionReport, Entry
+from ..layer import ScratchBatchNorm, ScratchBatchNormReLU
+from ._ir import Graph, Node, Output
+from ._norm_nodes import PARAMETERS, check_parameters, layer_name, obstacle, with_more_outputs
+
+_LAYERS = {"BatchNorm": ScratchBatchNorm, "_contrib_BatchNormWithReLU": ScratchBatchNormReLU}
+# What BatchNorm computes where a file does not state an option.
+_DEFAULTS = {"axis": "1", "eps": "0.001", "momentum": "0.9"}
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A ``BatchNorm`` node, the names of its parameters by role, and the layer that replaces it."""
+
+    node: Node
+    names: dict[str, str]
+    layer: ScratchBatchNorm
+
+
+class _Calls(Block):
+    """Layers called one after another in one trace, so that each sees what was written before."""
+
+    def __init__(self, calls: list[_Call]) -> None:
+        super().__init__(prefix="")
+        self._calls = calls
+
+    def forward(self, *inputs: Any) -> list[Any]:
+        return [call.layer(x) for call, x in zip(self._calls, inputs)]
+
+
+def to_scratch(graph: Graph, values: Mapping[str, Any]) -> ConversionReport:
+    """Put a training graph in the place of each ``BatchNorm`` node that can be our layer."""
+    order, more = graph.nodes(), with_more_outputs(graph)
+    operators = sorted(BATCH_NORM_OPERATORS)
+    inside = [(node, op) for node in order for op in operators if node.holds(op)]
+    skipped = [(node, f"{op} is inside a loop") for node, op in inside]
+    nodes = []
+    for node in order:
+        if node.op in BATCH_NORM_OPERATORS:
+            reason = _why_not(node, has_more=node in more)
+            if reason is None:
+                nodes.append(node)
+            else:
+                skipped.append((node, reason))
+    calls = []
+    layers: dict[tuple[str, str], tuple[Any, ScratchBatchNorm]] = {}
+    for node, dtype in zip(nodes, _dtypes(graph, nodes, values)):
+        names = {role: source.node.name for role, source in zip(PARAMETERS, node.inputs[1:])}
+        check_parameters(node, names, values)
+        statistics = names["running_mean"], names["running_var"]
+        settings = node.op, names, _options(node), dtype
+        if statistics not in layers:
+            taken = {layer.prefix for _, layer in layers.values()}
+            layers[statistics] = settings, _layer(node, names["running_mean"], dtype, taken)
+        first, layer = layers[statistics]
+        if first == settings:
+            calls.append(_Call(node, names, layer))
+        else:
+            shared = f"it shares its running statistics with {layer.prefix}"
+            skipped.append((node, f"{shared}, and differs otherwise"))
+    converted = [
+        Entry(c.layer.prefix.rstrip("_"), c.node.name, c.node.op, f"now {type(c.layer).__name__}")
+        for c in calls
+    ]
+    _graft(graph, calls)
+    return ConversionReport(
+        tuple(converted), tuple(Entry(n.name, n.name, n.op, reason) for n, reason in skipped)
+    )
+
+
+def _why_not(node: Node, has_more: bool) -> str | None:
+    """Say why a norm cannot become our layer; `has_more` if its other outputs are used."""
+    if node.op == "_contrib_SyncBatchNorm":
+        return "it normalizes over all devices"
+    if node.op not in _LAYERS:
+        return f"{node.op} is not BatchNorm"
+    return obstacle(node, has_more)
+
+
+def _dtypes(graph: Graph, nodes: list[Node], values: Mapping[str, Any]) -> list[np.dtype[Any]]:
+    """Return the dtype of each norm's input, as far as the parameters tell it."""
+    if not nodes:
+        return []
+    part = Graph(graph.symbol([node.inputs[0] for node in nodes]))
+    # Dropout refuses an input of unknown dtype, and has the dtype of its input.
+    part.replace({Output(n): n.inputs[0] for n in part.nodes() if n.op == "Dropout"})
+    symbol = part.symbol()
+    known = {name: values[name].dtype for name in symbol.list_inputs() if name in values}
+    try:
+        _, found, _ = symbol.infer_type_partial(**known)
+    except mx.MXNetError as error:
+        raise ValueError(f"the parameters do not match the symbol: {first_line(error)}") from error
+    own = [getattr(values.get(n.inputs[1].node.name), "dtype", np.float32) for n in nodes]
+    return [np.dtype(dtype or given) for dtype, given in zip(found or [None] * len(nodes), own)]
+
+
+def _options(node: Node) -> dict[str, Any]:
+    stated = {**_DEFAULTS, **node.attrs}
+    return {
+        "axis": int(stated["axis"]),
+        "momentum": float(stated["momentum"]),
+        "epsilon": float(stated["eps"]),
+        "scale": not node.flag("fix_gamma", True),
+        "use_global_stats": node.flag("use_global_stats", False),
+    }
+
+
+def _layer(
+    node: Node, running_mean: str, dtype: np.dtype[Any], taken: set[str]
+) -> ScratchBatchNorm:
+    prefix = f"{layer_name(running_mean, node.name)}_"
+    while prefix in taken:
+        prefix += "_"
+    try:
+        layer = _LAYERS[node.op](**_options(node), prefix=prefix)
+        layer.cast(dtype)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{node.name} ({node.op}) cannot be converted: {error}") from error
+    return layer
+
+
+def _graft(graph: Graph, calls: list[_Call]) -> None:
+    """Put the training graph of each call in the place of its node."""
+    if not calls:
+        return
+    stand_ins = [mx.sym.var(f"input{i} of a call") for i in range(len(calls))]
+    with autograd.pause(), mx.name.NameManager(), mx.util.np_array(False):
+        traced = Graph(mx.sym.Group(_Calls(calls)(*stand_ins)))
+    replacements = {Output(call.node): head for call, head in zip(calls, traced.heads)}
+    inputs: dict[str, Output] = {}
+    variables: dict[str, Node] = {}
+    for call, stand_in in zip(calls, stand_ins):
+        source = call.node.inputs[0]
+        inputs[stand_in.name] = replacements.get(source, source)
+        for role, parameter in zip(PARAMETERS, call.node.inputs[1:]):
+            variables[getattr(call.layer, role).name] = parameter.node
+
+    def connected(source: Output) -> Output:
+        if not source.node.is_variable:
+            return source
+        name = source.node.name
+        # The version, which counts the writes to a variable, is that of our graph.
+        own = source._replace(node=variables.get(name, source.node))
+        return inputs.get(name, own)
+
+    for node in traced.nodes():
+        node.inputs = [connected(source) for source in node.inputs]
+    for call, head in zip(calls, traced.heads):
+        node = head.node
+        while MARKER not in node.attrs:  # a relu, a cast
+            node = node.inputs[0].node
+        description = {**json.loads(node.attrs[MARKER]), **call.names}
+        node.attrs[MARKER] = json.dumps(description, sort_keys=True)
+    graph.replace(replacements)

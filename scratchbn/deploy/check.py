@@ -1,0 +1,92 @@
+"""Run models that exist as symbol and parameters, and say how far their outputs are apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import mxnet as mx
+import numpy as np
+
+from .._text import first_line
+from ._files import plain_name
+
+__all__ = ["largest_difference"]
+
+Model = tuple[Any, Mapping[str, Any]]
+
+
+def largest_difference(
+    before: Model, after: Model, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[float, float]:
+    """Compare two models on the same random input, N(0, 1), in inference.
+
+    Parameters
+    ----------
+    before, after : pair of Symbol and mapping of str to NDArray
+    shapes : mapping of str to tuple of int
+        Of every input.
+
+    Returns
+    -------
+    difference, size : float
+        As :func:`compare_outputs` returns them.
+
+    Raises
+    ------
+    ValueError
+        If a model cannot run on inputs of these shapes.
+    """
+    symbol, params = before
+    dtypes = {plain_name(name): value.dtype for name, value in params.items()}
+    for name in symbol.list_inputs():
+        if name not in shapes and name not in dtypes:
+            raise ValueError(f"shapes must have the shape of input {name!r}, got {dict(shapes)}")
+    known = {k: v for k, v in dtypes.items() if k in symbol.list_inputs()}
+    types, _, _ = symbol.infer_type_partial(**known)
+    dtypes.update(zip(symbol.list_arguments(), types or []))
+    rng = np.random.default_rng(0)
+    inputs = {
+        name: mx.nd.array(rng.normal(size=shape), dtype=dtypes.get(name) or np.float32)
+        for name, shape in shapes.items()
+    }
+    return compare_outputs(run_symbol(*after, inputs), run_symbol(*before, inputs))
+
+
+def run_symbol(
+    symbol: Any, params: Mapping[str, Any], inputs: Mapping[str, Any]
+) -> list[np.ndarray]:
+    """Run a model in inference, on the CPU; ValueError if it cannot run on these inputs."""
+    values = {plain_name(name): value for name, value in params.items()} | dict(inputs)
+    try:
+        executor = symbol.bind(
+            mx.cpu(),
+            {name: values[name] for name in symbol.list_arguments()},
+            aux_states={name: values[name].copy() for name in symbol.list_auxiliary_states()},
+            grad_req="null",
+        )
+        return [y.asnumpy() for y in executor.forward(is_train=False)]
+    except mx.MXNetError as error:
+        shapes = {name: array.shape for name, array in inputs.items()}
+        raise ValueError(f"the model cannot run on {shapes}: {first_line(error)}") from error
+
+
+def compare_outputs(
+    outputs: Iterable[np.ndarray], expected: Iterable[np.ndarray]
+) -> tuple[float, float]:
+    """Return the largest difference between outputs, and the largest that was expected.
+
+    Both are absolute. A difference that is not a number is infinite.
+
+    >>> compare_outputs([np.array([1.0, -3.5])], [np.array([1.0, -4.0])])
+    (0.5, 4.0)
+    >>> compare_outputs([np.array([np.nan])], [np.array([2.0])])
+    (inf, 2.0)
+    """
+    differences, sizes = [0.0], [0.0]
+    for one, other in zip(outputs, expected):
+        one, other = one.astype(np.float64), other.astype(np.float64)
+        differences.append(float(np.abs(one - other).max(initial=0)))
+        sizes.append(float(np.abs(other).max(initial=0)))
+    return math.inf if any(map(math.isnan, differences)) else max(differences), max(sizes)

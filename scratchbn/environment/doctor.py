@@ -1,0 +1,178 @@
+"""What ``scratchbn doctor`` says: all that decides whether and where scratchbn runs.
+
+The top of this room: nothing below imports it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+from typing import Any
+
+import numpy as np
+
+from .. import datasets, native
+from .._text import rich_table, table
+from .device import wheel_verdict
+from .driver import Driver, dotted, query_driver
+from .help import several_distributions_help, without_cuda_help
+from .prepare import CUDA_LIBRARIES, find_cuda_libraries, mxnet_distributions, version
+from .probe import probe_mxnet
+
+OPTIONAL_PACKAGES = (
+    "gluoncv", "onnx", "onnxruntime", "matplotlib", "mlxtend", "pooch", "tqdm", "rich",
+    "hypothesis",
+)  # fmt: skip
+_ENVIRONMENT = re.compile(
+    r"(MXNET|OMP|GOMP|KMP|OPENBLAS|MKL|DNNL)_\w+|CUDA_VISIBLE_DEVICES|LD_LIBRARY_PATH"
+)
+_VERDICTS = {
+    True: "the wheel has code for it",
+    False: "the wheel has no code for it",
+    None: "not known whether this mxnet has code for it",
+}
+
+
+def doctor_facts() -> dict[str, Any]:
+    """Collect the facts, such as JSON can hold; ``facts["mxnet"]["error"]`` is None if it works."""
+    driver = query_driver()
+    mxnet = {"distributions": mxnet_distributions(), **probe_mxnet()}
+    device, backend = mxnet.pop("device"), mxnet.pop("backend")
+    return {
+        "scratchbn": version("scratchbn"),
+        "python": {"version": platform.python_version(), "executable": sys.executable},
+        "platform": {
+            "system": platform.platform(),
+            "machine": platform.machine(),
+            "cpus": os.cpu_count(),
+        },
+        "numpy": np.__version__,
+        "mxnet": mxnet,
+        "environment": {k: v for k, v in sorted(os.environ.items()) if _ENVIRONMENT.fullmatch(k)},
+        "cuda": _cuda_facts(driver),
+        "device": device,
+        "packages": {name: version(name) for name in OPTIONAL_PACKAGES},
+        "data": _data_facts(),
+        "backend": _backend_facts(backend or {"chosen": "unknown", "problem": None}),
+        "advice": _advice(mxnet, device, driver),
+    }
+
+
+def text(facts: dict[str, Any]) -> str:
+    """Lay out the facts as plain text: titles, and below each its names and values."""
+    lines = []
+    for title, rows in _sections(facts):
+        lines += [(title, ""), *((f"  {name}", value) for name, value in rows)]
+    return table(lines[0], lines[1:])
+
+
+def rich_tables(facts: dict[str, Any]) -> list[Any]:
+    """Lay out the facts for a terminal, as a ``rich.table.Table`` for each title."""
+    sections = _sections(facts)
+    width = max(len(name) for _, rows in sections for name, _ in rows)
+    tables = [rich_table(title, ("", ""), rows) for title, rows in sections]
+    for drawn in tables:
+        drawn.box, drawn.show_header, drawn.title_style = None, False, "bold"
+        drawn.columns[0].style, drawn.columns[0].min_width = "cyan", width
+    return tables
+
+
+def _cuda_facts(driver: Driver) -> dict[str, Any]:
+    components = dict(CUDA_LIBRARIES)
+    return {
+        "libraries": {
+            library: {"path": str(path), "version": version(f"nvidia-{components[library]}-cu11")}
+            for library, path in find_cuda_libraries().items()
+        },
+        "driver_supports": driver.cuda_version,
+        "problem": driver.problem,
+        "gpus": [
+            {
+                "index": gpu.index,
+                "name": gpu.name,
+                "capability": dotted(gpu.capability),
+                "wheel_runs": wheel_verdict(gpu),
+            }
+            for gpu in driver.gpus
+        ],
+    }
+
+
+def _data_facts() -> dict[str, str]:
+    try:
+        return datasets.available()
+    except Exception as exc:
+        return {"error": f"{type(exc).__name__}: {exc}"}
+
+
+def _backend_facts(backend: dict[str, Any]) -> dict[str, Any]:
+    """Add what 'auto' is on a CPU, and what there is of the kernel, to the backend's choice."""
+    kernel = native.facts()
+    problem = backend["problem"] or kernel["problem"]
+    return {
+        "chosen": backend["chosen"],
+        "auto": "portable" if problem else "native",
+        **kernel,
+        "problem": problem,
+    }
+
+
+def _advice(mxnet: dict[str, Any], device: dict[str, str] | None, driver: Driver) -> list[str]:
+    advice = [] if mxnet["help"] is None else [mxnet["help"]]
+    if len(mxnet["distributions"]) > 1:
+        advice.append(several_distributions_help(mxnet["distributions"]))
+    if driver.gpus and device is not None and device["auto"].startswith("cpu"):
+        built_with_cuda = mxnet["features"].get("CUDA", False)
+        reason = device["because"] if built_with_cuda else without_cuda_help()
+        advice.append(f"{len(driver.gpus)} GPU(s) present and none used: {reason}")
+    return list(dict.fromkeys(advice))
+
+
+def _sections(facts: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Lay out the facts as titled lists of (name, value); what has no value is left out."""
+    python, system, mxnet = facts["python"], facts["platform"], facts["mxnet"]
+    cuda, device, backend = facts["cuda"], facts["device"], facts["backend"]
+    features, libraries = mxnet["features"], cuda["libraries"].items()
+    distributions = mxnet["distributions"].items()
+    sections: dict[str, dict[str, Any]] = {
+        "System": {
+            "scratchbn": facts["scratchbn"] or "not installed, run from its source tree",
+            "Python": f"{python['version']}  {python['executable']}",
+            "platform": system["system"],
+            "CPUs": str(system["cpus"]),
+            "numpy": facts["numpy"],
+            **facts["environment"],
+        },
+        "mxnet": {
+            "distribution": ", ".join(f"{k} {v}" for k, v in distributions) or "none",
+            "import": mxnet["error"] or f"works, {mxnet['version']}  {mxnet['path']}",
+            "built with": " ".join(name for name, on in features.items() if on) or "unknown",
+            "without": " ".join(name for name, on in features.items() if not on),
+        },
+        "CUDA": {
+            "driver": cuda["problem"] or f"supports CUDA {cuda['driver_supports']}",
+            **{f"gpu({gpu['index']})": _gpu_text(gpu) for gpu in cuda["gpus"]},
+            **{k: f"{v['version'] or 'version unknown'}  {v['path']}" for k, v in libraries},
+            "libraries": "" if libraries else "none from nvidia-*-cu11",
+        },
+        "Device": {"auto": f"{device['auto']}: {device['because']}" if device else "unknown"},
+        "Backend": {
+            "chosen": backend["chosen"],
+            "auto on a CPU": backend["auto"],
+            "on a GPU": "portable",
+            "kernel": backend["problem"] or backend["library"],
+            "compiler": backend["compiler"] or "none found",
+        },
+        "Optional packages": {k: v or "not installed" for k, v in facts["packages"].items()},
+        "Data": facts["data"],
+    }
+    laid = [(title, [row for row in rows.items() if row[1]]) for title, rows in sections.items()]
+    advice = [("!", line) for line in facts["advice"]]
+    return [*laid, ("Advice", advice)] if advice else laid
+
+
+def _gpu_text(gpu: dict[str, Any]) -> str:
+    verdict = _VERDICTS[gpu["wheel_runs"]]
+    return f"{gpu['name']}, compute capability {gpu['capability']}, {verdict}"

