@@ -9,6 +9,7 @@ from mxnet import autograd
 
 from .._graph.arrays import Array, is_symbol
 from .._graph.state import alike, depend, remember, written
+from ..native import batch_norm
 from .way import Layer, State, in_float32
 
 _serial = itertools.count()
@@ -54,16 +55,17 @@ def _in_graph(F: Any, x: Array, state: State, may_train: bool, **options: Any) -
     before = written(state.running_mean)
     if before is not None:  # a layer that is called twice writes in the order of the calls
         flag = depend(F, flag, F.cast(F.slice_axis(before, 0, 0, 1), "float32"))
-    y, _, done = _operator(F, inputs, state, flag, options)
+    y, done = _operator(F, inputs, state, flag, options)
     for variable in state.moving:
         remember(variable, alike(F, variable, done), done)
     return y
 
 
 def _operator(F: Any, inputs: list[Array], state: State, flag: Array, options: Any) -> Any:
-    """Return the output, what the backward keeps, and a symbol of the writes."""
+    """Return the output, and a symbol of the writes."""
     mean, variance, *count = state.moving
-    return F._internal._scratchbn_batch_norm(*inputs, mean, variance, flag, *count, **options)
+    x, gamma, beta = inputs
+    return batch_norm(F, x, gamma, beta, mean, variance, flag, *count, **options)
 
 
 def _distinct() -> dict[str, str]:

@@ -2,16 +2,26 @@
 //
 // Inputs: data; gamma, beta, running_mean, running_var, shape (C,); flag, shape (1,), 1 in
 // inference and anything else in training; num_batches, shape (1,), if `momentum` is None.
-// Outputs: what data becomes; what the backward needs, shape (3, C); a token, shape (C,), that
+// Outputs: the normalized data; what the backward needs, shape (3, C); a token, shape (C,), that
 // exists once the running statistics were moved.
 //
-// Errors carry no text of their own: the interface keeps texts in one vector that a thread that
-// computes may read while another adds to it.
+// Attributes come as Python writes them: True and False, None, numbers.
+//
+// MXNet 1.9.1 copies the shapes of the inputs into a buffer that it sizes by the sum of their
+// ranks, where an unknown shape counts -1: with some known and some unknown it writes past the end.
+// So it is shown one input, data; the others must be declared as "extra" inputs, whose shapes and
+// types it does not infer. `_operator.py` does both; `check` is what is left to do here.
+//
+// Errors carry no text: MXNet's store of error messages is not thread-safe.
 
+#include <locale.h>
 #include <mxnet/lib_api.h>
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
+#include <cstdlib>
+#include <stdexcept>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -26,20 +36,50 @@ using mxnet::ext::MXReturnValue;
 using mxnet::ext::MXTensor;
 using mxnet::ext::OpResource;
 using Attributes = std::unordered_map<std::string, std::string>;
+using Shape = std::vector<unsigned>;
 
-enum Input { kData, kGamma, kBeta, kRunningMean, kRunningVar, kFlag, kNumBatches };
-enum Output { kOut, kKept, kToken, kOutputs };
+constexpr unsigned kUnknown = -1u;  // a size that MXNet does not know yet
+
+enum Tensor {
+  kData, kGamma, kBeta, kRunningMean, kRunningVar, kFlag, kNumBatches,  // inputs
+  kOut = 0, kSaved, kToken, kOutputs                                    // outputs
+};
+
+void require(bool condition) {
+  if (!condition) throw std::invalid_argument("");
+}
+
+int integer(const std::string& text) {
+  int value = 0;
+  const char* end = text.data() + text.size();
+  const auto [stop, error] = std::from_chars(text.data(), end, value);
+  require(error == std::errc() && stop == end);
+  return value;
+}
+
+double number(const std::string& text) {  // the same in every locale
+  static const locale_t plain = newlocale(LC_ALL_MASK, "C", nullptr);
+  char* stop = nullptr;
+  const double value = strtod_l(text.c_str(), &stop, plain);
+  require(!text.empty() && *stop == '\0' && std::isfinite(value));
+  return value;
+}
+
+bool truth(const std::string& text) {
+  require(text == "True" || text == "False");
+  return text == "True";
+}
 
 struct Options {
   explicit Options(const Attributes& attributes)
-      : axis(std::stoi(attributes.at("axis"))),
-        epsilon(std::stod(attributes.at("epsilon"))),
+      : axis(integer(attributes.at("axis"))),
+        epsilon(number(attributes.at("epsilon"))),
         cumulative(attributes.at("momentum") == "None"),
-        momentum(cumulative ? 0 : std::stod(attributes.at("momentum"))),
-        scale(attributes.at("scale") == "True"),
-        center(attributes.at("center") == "True"),
-        relu(attributes.at("relu") == "True"),
-        unbiased(attributes.at("unbiased_variance") == "True") {}
+        momentum(cumulative ? 0 : number(attributes.at("momentum"))),
+        scale(truth(attributes.at("scale"))),
+        center(truth(attributes.at("center"))),
+        relu(truth(attributes.at("relu"))),
+        unbiased(truth(attributes.at("unbiased_variance"))) {}
 
   int inputs() const { return cumulative ? kNumBatches + 1 : kFlag + 1; }
 
@@ -50,66 +90,89 @@ struct Options {
   bool scale, center, relu, unbiased;
 };
 
-MXReturnValue parse_attributes(const Attributes& attributes, int* inputs, int* outputs) {
-  *inputs = Options(attributes).inputs();
-  *outputs = kOutputs;
+// Calls f(options), and fails if it, or the options, throw: no exception may reach MXNet's threads.
+template <typename F>
+MXReturnValue with_options(const Attributes& attributes, F f) {
+  try {
+    f(Options(attributes));
+  } catch (const std::exception&) {
+    return MX_FAIL;
+  }
   return MX_SUCCESS;
 }
 
+MXReturnValue parse_attributes(const Attributes& attributes, int* inputs, int* outputs) {
+  return with_options(attributes, [&](const Options& options) {
+    *inputs = 1;
+    *outputs = kOutputs;
+    require(integer(attributes.at(MX_STR_EXTRA_INPUTS)) == options.inputs() - 1);
+  });
+}
+
 MXReturnValue infer_type(const Attributes&, std::vector<int>* in, std::vector<int>* out) {
-  int type = -1;
-  for (int i = int(in->size()); i-- > 0;) {  // the parameters before the data
-    if (i != kFlag && type == -1) type = (*in)[i];
-  }
-  if (type != -1 && type != mxnet::ext::kFloat32 && type != mxnet::ext::kFloat64) return MX_FAIL;
-  in->assign(in->size(), type);  // MXNet reports an input of another type
-  (*in)[kFlag] = mxnet::ext::kFloat32;
+  int& type = in->front();  // where it is neither, MXNet reports that float32 was expected
+  if (type != -1 && type != mxnet::ext::kFloat64) type = mxnet::ext::kFloat32;
   out->assign(kOutputs, type);
   return MX_SUCCESS;
 }
 
-MXReturnValue infer_shape(const Attributes& attributes, std::vector<std::vector<unsigned>>* in,
-                          std::vector<std::vector<unsigned>>* out) {
-  const Options options(attributes);
-  const std::vector<unsigned>& data = (*in)[kData];
-  const int rank = int(data.size());
-  if (rank < 2 || options.axis < -rank || options.axis >= rank) return MX_FAIL;
-  const unsigned channels = data[options.axis < 0 ? options.axis + rank : options.axis];
-  for (int i = kGamma; i <= kRunningVar; ++i) (*in)[i] = {channels};
-  for (int i = kFlag; i < options.inputs(); ++i) (*in)[i] = {1};
-  (*out)[kOut] = data;
-  (*out)[kKept] = {3, channels};
-  (*out)[kToken] = {channels};
-  return MX_SUCCESS;
+// The position of the channel axis in a shape of `rank` axes.
+size_t channel_axis(const Options& options, size_t rank) {
+  const int axis = options.axis < 0 ? options.axis + int(rank) : options.axis;
+  require(rank >= 2 && 0 <= axis && axis < int(rank));
+  return size_t(axis);
+}
+
+MXReturnValue infer_shape(const Attributes& attributes, std::vector<Shape>* in,
+                          std::vector<Shape>* out) {
+  return with_options(attributes, [&](const Options& options) {
+    const Shape& data = in->front();
+    const unsigned channels = data[channel_axis(options, data.size())];
+    for (const unsigned size : data) require(size != kUnknown);
+    (*out)[kOut] = data;
+    (*out)[kSaved] = {3, channels};
+    (*out)[kToken] = {channels};
+  });
 }
 
 MXReturnValue mutated_inputs(const Attributes& attributes, std::vector<int>* indices) {
-  *indices = {kRunningMean, kRunningVar};
-  if (Options(attributes).cumulative) indices->push_back(kNumBatches);
-  return MX_SUCCESS;
+  return with_options(attributes, [&](const Options& options) {
+    *indices = {kRunningMean, kRunningVar};
+    if (options.cumulative) indices->push_back(kNumBatches);
+  });
 }
 
-scratchbn::View view_of(const MXTensor& data, int axis) {
+scratchbn::View view_of(const MXTensor& data, const Options& options) {
   scratchbn::View view{1, 1, 1};
-  const int rank = int(data.shape.size()), channel = axis < 0 ? axis + rank : axis;
-  for (int i = 0; i < rank; ++i) {
-    (i < channel ? view.L : i == channel ? view.C : view.S) *= data.shape[i];
+  const size_t axis = channel_axis(options, data.shape.size());
+  for (size_t i = 0; i < data.shape.size(); ++i) {
+    (i < axis ? view.L : i == axis ? view.C : view.S) *= data.shape[i];
   }
   return view;
 }
 
-template <typename T>
-scratchbn::Layer<T> layer_of(const Options& options, std::vector<MXTensor>& tensors, int first) {
-  return {view_of(tensors[first + kData], options.axis),
-          options.epsilon,
-          options.relu,
-          tensors[first + kData].data<T>(),
-          options.scale ? tensors[first + kGamma].data<T>() : nullptr,
-          options.center ? tensors[first + kBeta].data<T>() : nullptr};
+// What MXNet was not shown: the shapes and types of the inputs but data.
+void check(const Options& options, const MXTensor* in) {
+  const int64_t channels = view_of(in[kData], options).C;
+  for (int i = kGamma; i < options.inputs(); ++i) {
+    require(in[i].shape == std::vector<int64_t>{i < kFlag ? channels : 1});
+    require(in[i].dtype == (i == kFlag ? mxnet::ext::kFloat32 : in[kData].dtype));
+  }
 }
 
 template <typename T>
-scratchbn::Normalizer<T> kept_in(MXTensor& tensor, int64_t channels) {
+scratchbn::Layer<T> layer_of(const Options& options, MXTensor* in) {
+  check(options, in);
+  return {view_of(in[kData], options),
+          options.epsilon,
+          options.relu,
+          in[kData].data<T>(),
+          options.scale ? in[kGamma].data<T>() : nullptr,
+          options.center ? in[kBeta].data<T>() : nullptr};
+}
+
+template <typename T>
+scratchbn::Saved<T> saved_in(MXTensor& tensor, int64_t channels) {
   T* p = tensor.data<T>();
   return {p, p + channels, p + 2 * channels};
 }
@@ -122,11 +185,12 @@ void move_averages(const Options& options, const scratchbn::View& view,
                    T* running_var, T* count) {
   const double m = double(view.m());
   const double unbiased = options.unbiased ? m / (m - 1) : 1;
-  for (int64_t c = 0; c < view.C; ++c) {
+  const size_t channels = mean.size();
+  for (size_t c = 0; c < channels; ++c) {
     if (!std::isfinite(mean[c]) || !std::isfinite(T(variance[c] * unbiased))) return;
   }
   const double keep = options.cumulative ? 1 - 1 / (double(*count) + 1) : options.momentum;
-  for (int64_t c = 0; c < view.C; ++c) {
+  for (size_t c = 0; c < channels; ++c) {
     running_mean[c] = T(keep * running_mean[c] + (1 - keep) * mean[c]);
     running_var[c] = T(keep * running_var[c] + (1 - keep) * (variance[c] * unbiased));
   }
@@ -134,50 +198,52 @@ void move_averages(const Options& options, const scratchbn::View& view,
 }
 
 template <typename T>
-void forward(const Options& options, std::vector<MXTensor>& in, std::vector<MXTensor>& out) {
-  const scratchbn::Layer<T> layer = layer_of<T>(options, in, 0);
+void forward(const Options& options, MXTensor* in, MXTensor* out) {
+  const scratchbn::Layer<T> layer = layer_of<T>(options, in);
   const int64_t channels = layer.view.C;
-  const auto kept = kept_in<T>(out[kKept], channels);
+  const auto saved = saved_in<T>(out[kSaved], channels);
   T *running_mean = in[kRunningMean].data<T>(), *running_var = in[kRunningVar].data<T>();
   T* y = out[kOut].data<T>();
   std::fill_n(out[kToken].data<T>(), channels, T(1));
-  if (*in[kFlag].data<float>() == 1 || layer.view.m() == 0) {
-    scratchbn::infer(layer, kept, y, running_mean, running_var);
+  if (*in[kFlag].data<float>() == 1 || layer.view.empty()) {
+    scratchbn::infer(layer, saved, y, running_mean, running_var);
     return;
   }
-  std::vector<T> mean(channels), variance(channels);
-  scratchbn::train(layer, kept, y, mean.data(), variance.data());
+  std::vector<T> mean(static_cast<size_t>(channels)), variance(mean.size());
+  scratchbn::train(layer, saved, y, mean.data(), variance.data());
   T* count = options.cumulative ? in[kNumBatches].data<T>() : nullptr;
   move_averages(options, layer.view, mean, variance, running_mean, running_var, count);
 }
 
 // Inputs: the gradients of the outputs, then the inputs and the outputs of the forward.
 template <typename T>
-void backward(const Options& options, std::vector<MXTensor>& in, std::vector<MXTensor>& out) {
-  const scratchbn::Layer<T> layer = layer_of<T>(options, in, kOutputs);
-  const auto kept = kept_in<T>(in[kOutputs + options.inputs() + kKept], layer.view.C);
+void backward(const Options& options, MXTensor* gradients, MXTensor* out) {
+  MXTensor* in = gradients + kOutputs;
+  const scratchbn::Layer<T> layer = layer_of<T>(options, in);
+  const int64_t channels = layer.view.C;
+  const auto saved = saved_in<T>(in[options.inputs() + kSaved], channels);
   T *dgamma = out[kGamma].data<T>(), *dbeta = out[kBeta].data<T>();
-  const bool trained = *in[kOutputs + kFlag].data<float>() != 1;
-  if (layer.view.m() > 0) {
-    scratchbn::backward(layer, kept, trained, in[kOut].data<T>(), out[kData].data<T>(), dgamma,
-                        dbeta);
+  const bool trained = *in[kFlag].data<float>() != 1, empty = layer.view.empty();
+  if (!empty) {
+    scratchbn::backward(layer, saved, trained, gradients[kOut].data<T>(), out[kData].data<T>(),
+                        dgamma, dbeta);
   }
-  const bool none = layer.view.m() == 0;
-  if (dgamma && (none || !options.scale)) std::fill_n(dgamma, layer.view.C, T(0));
-  if (dbeta && (none || !options.center)) std::fill_n(dbeta, layer.view.C, T(0));
+  if (dgamma && (empty || !options.scale)) std::fill_n(dgamma, channels, T(0));
+  if (dbeta && (empty || !options.center)) std::fill_n(dbeta, channels, T(0));
 }
 
 template <bool is_forward>
 MXReturnValue compute(const Attributes& attributes, std::vector<MXTensor>* in,
                       std::vector<MXTensor>* out, const OpResource&) {
-  const Options options(attributes);
-  const bool single = in->front().dtype == mxnet::ext::kFloat32;
-  if (is_forward) {
-    single ? forward<float>(options, *in, *out) : forward<double>(options, *in, *out);
-  } else {
-    single ? backward<float>(options, *in, *out) : backward<double>(options, *in, *out);
-  }
-  return MX_SUCCESS;
+  return with_options(attributes, [&](const Options& options) {
+    MXTensor *from = in->data(), *to = out->data();
+    const bool single = from->dtype == mxnet::ext::kFloat32;
+    if (is_forward) {
+      single ? forward<float>(options, from, to) : forward<double>(options, from, to);
+    } else {
+      single ? backward<float>(options, from, to) : backward<double>(options, from, to);
+    }
+  });
 }
 
 }  // namespace

@@ -34,7 +34,7 @@ def unbuilt(monkeypatch):
     def fail(*args, **kwargs):
         raise BackendError("no compiler here")
 
-    monkeypatch.setattr(native, "_state", {"loaded": None, "problem": "no compiler here"})
+    monkeypatch.setattr(native, "_kernel", native._Kernel("no compiler here"))
     monkeypatch.setattr(native, "build", fail)
 
 

@@ -1,0 +1,52 @@
+"""Composing the operator: on arrays, and in graphs, where others must infer shapes for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def batch_norm(
+    F: Any,
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    running_mean: Any,
+    running_var: Any,
+    flag: Any,
+    num_batches: Any = None,
+    **options: Any,
+) -> tuple[Any, Any]:
+    """Normalize `x` by the compiled operator, which must be loaded.
+
+    Parameters
+    ----------
+    F : module
+        ``mxnet.nd`` or ``mxnet.sym``.
+    x : NDArray or Symbol, float32 or float64, rank >= 2
+    gamma, beta, running_mean, running_var : NDArray or Symbol, shape (C,)
+    flag : NDArray or Symbol, shape (1,), float32
+        1 in inference; anything else in training, which moves the running statistics.
+    num_batches : NDArray or Symbol, shape (1,), optional
+        Given if and only if ``momentum`` is None.
+    **options
+        ``axis``, ``epsilon``, ``momentum``, ``scale``, ``center``, ``relu``, ``unbiased_variance``.
+
+    Returns
+    -------
+    y : NDArray or Symbol
+        Of `x`'s shape and dtype.
+    done : NDArray or Symbol, shape (C,)
+        Exists once the running statistics were moved.
+    """
+    others = [gamma, beta, running_mean, running_var, flag]
+    others += [] if num_batches is None else [num_batches]
+    # MXNet may look at the shape of x alone: see operator.cc.
+    y, _, done = F._internal._scratchbn_batch_norm(
+        x, *others, __ext_extra_inputs__=len(others), **options
+    )
+    if hasattr(done, "list_arguments"):  # a symbol: one sum and one reshape that moves nothing
+        alike = F.BlockGrad(F.add_n(done, gamma, beta, running_mean, running_var))
+        axis = options["axis"]
+        end = None if axis == -1 else axis + 1
+        y = F.reshape_like(y, alike, lhs_begin=axis, lhs_end=end, rhs_begin=0, rhs_end=1)
+    return y, done
