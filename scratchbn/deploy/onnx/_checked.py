@@ -1,0 +1,91 @@
+"""From a lowered graph to a model that was run and agreed with the net."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mxnet as mx
+import numpy as np
+
+from ..._text import first_line
+from .._ir import Graph, Output
+from ._batches import Arrays, Reference, other_batches, probes
+from ._model import Model
+from ._shapes import places_of, tensors_of
+from ._translate import translate
+from ._verify import verify
+from ._wide import run_wide
+
+Function = Callable[[Arrays], Arrays]
+
+
+def checked_model(
+    net: Any,
+    example_inputs: tuple[Any, ...],
+    symbol: Any,
+    values: dict[str, Any],
+    inputs: dict[str, Any],
+    *,
+    dynamic_batch: bool,
+    opset: int,
+) -> Any:
+    """Return an ONNX model of a lowered graph; ValueError if it is not what the net computes."""
+    reference = Reference(net, example_inputs)
+    runs, compute = _first_run(reference, symbol, values, inputs)
+    runs += [(arrays, compute(arrays)) for arrays in probes(reference.example)]
+    others = _other_runs(reference.example, compute) if dynamic_batch else []
+
+    graph = Graph(symbol)
+    places = places_of(graph)
+    everything = graph.symbol([Output(*place) for place in places])
+    shapes = [{name: a.shape for name, a in zip(inputs, arrays)} for arrays, _ in others]
+    known = tensors_of(graph, everything, places, values, inputs, shapes)
+    translated = translate(graph, values, known, opset)
+    model = Model(graph, everything, values, inputs, places, known, translated, opset)
+    proto = model.proto()
+    verify(model, proto, [*runs, *others])
+    return proto
+
+
+def _first_run(
+    reference: Reference, symbol: Any, values: dict[str, Any], inputs: dict[str, Any]
+) -> tuple[list[tuple[Arrays, Arrays]], Function]:
+    """Return the net's outputs on the example, and what computes them on other inputs.
+
+    That is the net, or its inference graph in float32 if it has float16 that cannot run here.
+    """
+
+    def wide(arrays: Arrays) -> Arrays:
+        return run_wide(symbol, values, dict(zip(inputs, arrays)))
+
+    compute: Function = reference.run
+    try:
+        outputs = compute(reference.example)
+    except mx.MXNetError as error:
+        if all(array.dtype != np.float16 for array in [*values.values(), *inputs.values()]):
+            raise ValueError(
+                f"the net cannot run on the example inputs: {first_line(error)}"
+            ) from error
+        compute = wide
+        outputs = compute(reference.example)
+    return [(reference.example, outputs)], compute
+
+
+def _other_runs(example: Arrays, compute: Function) -> list[tuple[Arrays, Arrays]]:
+    """Return a batch of 1 and a larger one with the net's outputs, as far as it can run on them."""
+    runs: list[tuple[Arrays, Arrays]] = []
+    for arrays in other_batches(example):
+        larger = [len(done[0]) > len(example[0]) for done, _ in runs]
+        if any(larger):
+            break
+        try:
+            runs.append((arrays, compute(arrays)))
+        except Exception as error:  # the net's own code may raise anything
+            reason = first_line(error)
+    if not runs:
+        raise ValueError(
+            f"dynamic_batch must be False: the net runs on no other batch than that of the "
+            f"example inputs: {reason}"
+        )
+    return runs
