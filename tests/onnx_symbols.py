@@ -35,6 +35,15 @@ def unstated(symbol):
     return mx.sym.load_json(json.dumps(document))
 
 
+def renamed(symbol, name):
+    """The symbol with one name for all its operators."""
+    document = json.loads(symbol.tojson())
+    for node in document["nodes"]:
+        if node["op"] != "null":
+            node["name"] = name
+    return mx.sym.load_json(json.dumps(document))
+
+
 def as_net(symbol, rng, **shapes):
     """A SymbolBlock with random parameters; inputs by name."""
     block = SymbolBlock(symbol, [mx.sym.var(name) for name in shapes])

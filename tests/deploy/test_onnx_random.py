@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from onnx_symbols import as_net, check_export, unstated  # noqa: E402
+from onnx_symbols import as_net, check_export, renamed, unstated
 
 S = mx.sym
-NAMED = re.compile(r"node '.*' \(\w+\)|dynamic_batch must be False")
+NAMED = re.compile(r"node '.+' \(\w+\)|dynamic_batch must be False")
 
 
 def some(draw, *values):
@@ -136,9 +136,10 @@ def arithmetic(draw, x, shape):
 
 
 def reshaping(draw, x, shape):
-    kind = some(draw, "flat", "join", "codes", "swap", "transpose", "expand", "concat", "slice")
-    if kind == "slice":
-        return S.slice_axis(x, axis=1, begin=some(draw, 0, 1), end=None)
+    kind = some(draw, "flat", "join", "codes", "swap", "transpose", "expand", "concat", "split")
+    if kind == "split":
+        first, last = S.split(x, num_outputs=2, axis=len(shape) - 1)
+        return last - first
     return {
         "flat": lambda: S.Flatten(x),
         "join": lambda: S.Reshape(x, shape=(0, -3, -2)),
@@ -150,10 +151,32 @@ def reshaping(draw, x, shape):
     }[kind]()
 
 
+def boxes(draw, x, shape):
+    x = S.Reshape(S.abs(x), shape=(0, -1, 6))
+    options = {"id_index": some(draw, -1, 0), "topk": some(draw, -1, 3)}
+    options |= {"in_format": some(draw, "corner", "center"), "force_suppress": flag(draw)}
+    classes = S.floor(S.slice_axis(x, axis=2, begin=0, end=1))
+    x = S.concat(classes, S.slice_axis(x, axis=2, begin=1, end=6), dim=2)
+    return S.contrib.box_nms(x, overlap_thresh=0.3, coord_start=2, score_index=1, **options)
+
+
 def seldom(draw, x, shape):
-    kind = some(draw, "dropout", "cumsum", "pad", "upsample", "adaptive", "embedding", "take")
+    kind = some(
+        draw,
+        "boxes",
+        "slice",
+        "dropout",
+        "cumsum",
+        "pad",
+        "upsample",
+        "adaptive",
+        "embedding",
+        "take",
+    )
     weight = S.var(f"rows{draw(st.integers(0, 99))}_weight")
     return {
+        "boxes": lambda: boxes(draw, x, shape),
+        "slice": lambda: S.slice_axis(x, axis=1, begin=some(draw, 0, 1), end=None),
         "dropout": lambda: S.Dropout(x, mode=some(draw, "always", "training")),
         "cumsum": lambda: S.cumsum(x, axis=1),
         "pad": lambda: S.Pad(x, mode=some(draw, "edge", "constant"), pad_width=(0,) * 4 + (1,) * 4),
@@ -209,17 +232,26 @@ def graphs(draw):
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
-@given(graphs(), st.booleans(), st.booleans(), st.integers(12, 17), st.integers(0, 2**32 - 1))
-def test_right_or_refused(graph, bare, dynamic, opset, seed):
+@given(
+    graphs(),
+    st.booleans(),
+    st.sampled_from([None, None, "", "node", "data0"]),
+    st.booleans(),
+    st.integers(12, 17),
+    st.integers(0, 2**32 - 1),
+)
+def test_right_or_refused(graph, bare, name, dynamic, opset, seed):
     symbol, shapes = graph
     if symbol.name == "data0":
         reject()
+    symbol = unstated(symbol) if bare else symbol
+    symbol = symbol if name is None else renamed(symbol, name)
     rng = np.random.default_rng(seed)
     arrays = [[rng.normal(size=shape) for shape in shapes.values()] for _ in range(2)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            net = as_net(unstated(symbol) if bare else symbol, rng, **shapes)
+            net = as_net(symbol, rng, **shapes)
             net(*map(mx.nd.array, arrays[0]))[0].asnumpy()
         except (mx.MXNetError, ValueError, TypeError):
             reject()

@@ -12,6 +12,7 @@ from ..._text import first_line
 from .._ir import Graph, Output
 from ._batches import Arrays, Reference, other_batches, probes
 from ._model import Model
+from ._names import name_once
 from ._shapes import places_of, tensors_of
 from ._translate import translate
 from ._verify import verify
@@ -37,11 +38,12 @@ def checked_model(
     others = _other_runs(reference.example, compute) if dynamic_batch else []
 
     graph = Graph(symbol)
+    names = name_once(graph)
     places = places_of(graph)
     everything = graph.symbol([Output(*place) for place in places])
     shapes = [{name: a.shape for name, a in zip(inputs, arrays)} for arrays, _ in others]
     known = tensors_of(graph, everything, places, values, inputs, shapes)
-    translated = translate(graph, values, known, opset)
+    translated = translate(graph, values, known, names, opset)
     model = Model(graph, everything, values, inputs, places, known, translated, opset)
     proto = model.proto()
     verify(model, proto, [*runs, *others])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from .._ir import Graph
+
 
 class Names:
     """Gives out names, none twice.
@@ -24,3 +26,13 @@ class Names:
             free = f"{name}_{count}"
         self._taken.add(free)
         return free
+
+
+def name_once(graph: Graph) -> Names:
+    """Give every operator a name of its own: a layer that is called twice has one name in MXNet."""
+    nodes = graph.nodes()
+    names = Names(node.name for node in nodes if node.is_variable)
+    for node in nodes:
+        if not node.is_variable:
+            node.name = names.unique(node.name or node.op.strip("_").lower())
+    return names

@@ -40,20 +40,20 @@ class Translated:
 
 
 def translate(
-    graph: Graph, values: Mapping[str, Any], known: Mapping[Place, Tensor], opset: int
+    graph: Graph,
+    values: Mapping[str, Any],
+    known: Mapping[Place, Tensor],
+    names: Names,
+    opset: int,
 ) -> Translated:
-    """Translate a graph; ValueError names the node that cannot be."""
-    nodes = graph.nodes()
-    names = Names(node.name for node in nodes if node.is_variable)
-    operators = [node for node in nodes if not node.is_variable]
-    called = {node: names.unique(node.name or node.op.strip("_").lower()) for node in operators}
+    """Translate a graph; ValueError names the node that cannot be. `names` has those in use."""
     outputs: dict[Node, dict[int, Tensor]] = defaultdict(dict)
     for (node, number), tensor in known.items():
         outputs[node][number] = tensor
     result = Translated()
-    for node in nodes:
+    for node in graph.nodes():
         if not node.is_variable:
-            _add(result, node, called[node], names, outputs, opset)
+            _add(result, node, names, outputs, opset)
             continue
         result.tensors[node, 0] = node.name
         if node.name in values:
@@ -73,7 +73,6 @@ def translate(
 def _add(
     result: Translated,
     node: Node,
-    name: str,
     names: Names,
     known: Mapping[Node, Mapping[int, Tensor]],
     opset: int,
@@ -91,7 +90,7 @@ def _add(
     local = {output for made in emitter.nodes for output in made.output}
     final: dict[str, str] = {}
     for number in outputs:
-        wanted = name if list(outputs) == [0] else names.unique(f"{name}{number}")
+        wanted = node.name if list(outputs) == [0] else names.unique(f"{node.name}{number}")
         source = written[number]
         if source in local and source not in final:
             final[source] = wanted
@@ -100,7 +99,7 @@ def _add(
         result.tensors[node, number] = wanted
     local |= {constant.name for constant in emitter.constants}
     for tensor in sorted(local - final.keys()):
-        final[tensor] = names.unique(f"{name}_{tensor.replace(LOCAL, '').strip('_')}")
+        final[tensor] = names.unique(f"{node.name}_{tensor.replace(LOCAL, '').strip('_')}")
     for made in emitter.nodes:
         made.input[:] = [final.get(tensor, tensor) for tensor in made.input]
         made.output[:] = [final.get(tensor, tensor) for tensor in made.output]

@@ -31,11 +31,18 @@ def leaky(t: Emitter) -> str:
     return t.add("LeakyRelu", x, alpha=t.attributes.number("slope"))
 
 
-@translates("SoftmaxOutput", "SoftmaxActivation")
+@translates("SoftmaxActivation")
+def softmax_activation(t: Emitter) -> str:
+    """Softmax along the channels, or along the last axis."""
+    axis = 1 if t.attributes.text("mode") == "channel" else -1
+    return t.softmax(t.inputs[0], axis, t.tensors[0].rank)
+
+
+@translates("SoftmaxOutput")
 def softmax_output(t: Emitter) -> str:
     """Softmax along the channels, along the last axis, or along all axes but the first."""
     x, rank = t.inputs[0], t.tensors[0].rank
-    if t.attributes.flag("multi_output") or t.attributes.text("mode") == "channel":
+    if t.attributes.flag("multi_output"):
         return t.softmax(x, 1, rank)
     if t.attributes.flag("preserve_shape") or rank == 2:
         return t.softmax(x, -1, rank)

@@ -78,7 +78,8 @@ def upsampling(t: Emitter) -> str:
     scales = t.constant([1, 1, scale, scale], "float32")
     how: dict[str, Any] = {"mode": "nearest", "nearest_mode": "floor"}
     how["coordinate_transformation_mode"] = "asymmetric"
-    return t.add("Resize", t.inputs[0], "", scales, **how)
+    region = "" if t.opset >= 13 else t.constant([], "float32")
+    return t.add("Resize", t.inputs[0], region, scales, **how)
 
 
 @translates("FullyConnected")

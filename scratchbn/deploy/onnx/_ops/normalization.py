@@ -29,13 +29,13 @@ def instance_norm(t: Emitter) -> str:
 
 @translates("GroupNorm")
 def group_norm(t: Emitter) -> str:
-    """Normalize groups of channels; scale and shift per channel."""
+    """Normalize groups of channels; MXNet scales and shifts per group."""
     x, gamma, beta = t.inputs
     shape, groups = t.tensors[0].shape, t.attributes.integer("num_groups")
     grouped = t.reshape(x, (shape[0], groups, _rest(t, groups)))
-    normal = t.reshape(_normalized(t, grouped, [2]), shape)
-    scaled = t.add("Mul", normal, t.per_channel(gamma, 1, len(shape)))
-    return t.add("Add", scaled, t.per_channel(beta, 1, len(shape)))
+    normal = _normalized(t, grouped, [2])
+    scaled = t.add("Mul", normal, t.per_channel(gamma, 1, 3))
+    return t.reshape(t.add("Add", scaled, t.per_channel(beta, 1, 3)), shape)
 
 
 def _rest(t: Emitter, groups: int) -> int:

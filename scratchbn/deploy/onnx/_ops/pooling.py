@@ -59,7 +59,10 @@ def _beyond(t: Emitter, i: int, kernel: int, stride: int, pad: int) -> int:
     length, windows = t.tensors[0].shape[2 + i], t.out.shape[2 + i]
     if length is None or windows is None:
         raise ValueError("the lengths that are pooled must not depend on the batch")
-    return max(0, (windows - 1) * stride + kernel - length - 2 * pad)
+    beyond = max(0, (windows - 1) * stride + kernel - length - 2 * pad)
+    if beyond >= kernel:
+        raise ValueError("its last window lies outside its input")
+    return beyond
 
 
 @translates("_contrib_AdaptiveAvgPooling2D")
