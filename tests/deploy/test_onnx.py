@@ -157,7 +157,9 @@ def test_the_node_that_cannot_be_translated_is_named(rng, tmp_path):
         net.add(nn.Conv1D(4, 3), ScratchBatchNorm(), HybridLambda(always_dropped))
     (x,) = ready(net, rng, (2, 3, 6))
     (tmp_path / "net.onnx").write_text("precious")
-    with pytest.raises(ValueError, match=r"node 'dropped' \(Dropout\) cannot be trans.*at random"):
+    with pytest.raises(
+        ValueError, match=r"node '\S*dropped' \(Dropout\) cannot be trans.*at random"
+    ):
         export_onnx(net, tmp_path / "net.onnx", x)
 
     class Unusual(HybridBlock):

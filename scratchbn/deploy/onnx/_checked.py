@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import mxnet as mx
@@ -13,7 +13,7 @@ from .._ir import Graph, Output
 from ._batches import Arrays, Reference, other_batches, probes
 from ._model import Model
 from ._names import name_once
-from ._shapes import places_of, tensors_of
+from ._shapes import Inference, Shape, places_of
 from ._translate import translate
 from ._verify import verify
 from ._wide import run_wide
@@ -32,22 +32,31 @@ def checked_model(
     opset: int,
 ) -> Any:
     """Return an ONNX model of a lowered graph; ValueError if it is not what the net computes."""
-    reference = Reference(net, example_inputs)
-    runs, compute = _first_run(reference, symbol, values, inputs)
-    runs += [(arrays, compute(arrays)) for arrays in probes(reference.example)]
-    others = _other_runs(reference.example, compute) if dynamic_batch else []
-
     graph = Graph(symbol)
     names = name_once(graph)
     places = places_of(graph)
     everything = graph.symbol([Output(*place) for place in places])
-    shapes = [{name: a.shape for name, a in zip(inputs, arrays)} for arrays, _ in others]
-    known = tensors_of(graph, everything, places, values, inputs, shapes)
+    inference = Inference(everything, places, values)
+
+    reference = Reference(net, example_inputs)
+    runs, compute = _first_run(reference, symbol, values, inputs)
+    runs += [(arrays, compute(arrays)) for arrays in probes(reference.example)]
+    others: list[dict[str, Shape]] = []
+    if dynamic_batch:
+        more = _other_runs(reference.example, compute, inference, list(inputs))
+        others = [_shapes(inputs, arrays) for arrays, _ in more]
+        runs += more
+
+    known = inference.tensors(inputs, others)
     translated = translate(graph, values, known, names, opset)
     model = Model(graph, everything, values, inputs, places, known, translated, opset)
     proto = model.proto()
-    verify(model, proto, [*runs, *others])
+    verify(model, proto, runs)
     return proto
+
+
+def _shapes(names: Iterable[str], arrays: Arrays) -> dict[str, Shape]:
+    return {name: array.shape for name, array in zip(names, arrays)}
 
 
 def _first_run(
@@ -74,14 +83,17 @@ def _first_run(
     return [(reference.example, outputs)], compute
 
 
-def _other_runs(example: Arrays, compute: Function) -> list[tuple[Arrays, Arrays]]:
+def _other_runs(
+    example: Arrays, compute: Function, inference: Inference, names: list[str]
+) -> list[tuple[Arrays, Arrays]]:
     """Return a batch of 1 and a larger one with the net's outputs, as far as it can run on them."""
     runs: list[tuple[Arrays, Arrays]] = []
+    reason = "an input has no first axis, or an empty one"
     for arrays in other_batches(example):
-        larger = [len(done[0]) > len(example[0]) for done, _ in runs]
-        if any(larger):
+        if any(len(done[0]) > len(example[0]) for done, _ in runs):
             break
         try:
+            inference.shapes(_shapes(names, arrays))  # a net that does not fit may end the process
             runs.append((arrays, compute(arrays)))
         except Exception as error:  # the net's own code may raise anything
             reason = first_line(error)

@@ -50,13 +50,10 @@ class Model:
     def _proto(self, end: int, outputs: list[Any]) -> Any:
         variables = self.graph.variables()
         inputs = [self._entry(name, self.known[variables[name], 0]) for name in self.needed()]
-        graph = helper.make_graph(
-            self.translated.nodes[:end],
-            "scratchbn",
-            inputs,
-            outputs,
-            initializer=self.translated.constants,
-        )
+        nodes = self.translated.nodes[:end]
+        used = {name for node in nodes for name in node.input}
+        constants = [constant for constant in self.translated.constants if constant.name in used]
+        graph = helper.make_graph(nodes, "scratchbn", inputs, outputs, initializer=constants)
         imports = [helper.make_opsetid("", self.opset)]
         return helper.make_model(
             graph,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import mxnet as mx
@@ -14,6 +15,8 @@ from .._ir import Graph, Node
 
 Shape = tuple[int, ...]
 Place = tuple[Node, int]
+
+_RESHAPES = {"Reshape", "reshape_like", "_np_reshape", "_npx_reshape"}
 
 
 @dataclass(frozen=True)
@@ -36,42 +39,69 @@ def places_of(graph: Graph) -> list[Place]:
     return sorted(used, key=lambda place: (order[place[0]], place[1]))
 
 
-def tensors_of(
-    graph: Graph,
-    symbol: Any,
-    places: list[Place],
-    values: Mapping[str, Any],
-    inputs: Mapping[str, Any],
-    others: list[dict[str, Shape]],
-) -> dict[Place, Tensor]:
-    """Infer shapes and types of `places`, which are the outputs of `symbol`.
+@dataclass(frozen=True)
+class Inference:
+    """A graph whose shapes and types are to be inferred; `symbol` has `places` as outputs."""
 
-    `others` are further shapes that the inputs may have: lengths that differ there are None.
-    """
-    named = set(symbol.list_inputs())
-    dtypes = {k: v.dtype for k, v in {**values, **inputs}.items() if k in named}
-    shapes = [_shapes(symbol, values, {k: v.shape for k, v in inputs.items()})]
-    shapes += [_shapes(symbol, values, other) for other in others]
-    try:
-        _, types, _ = symbol.infer_type(**dtypes)
-    except mx.MXNetError as error:
-        raise ValueError(f"the types in the graph do not fit: {first_line(error)}") from error
-    if types is None:
-        raise ValueError("the types in the graph cannot be inferred from those of its inputs")
-    tensors = {}
-    for place, dtype, first, *more in zip(places, types, *shapes):
-        lengths = zip(first, *more)
-        shape = tuple(n if all(m == n for m in rest) else None for n, *rest in lengths)
-        tensors[place] = Tensor(shape, np.dtype(dtype))
-    return tensors
+    symbol: Any
+    places: list[Place]
+    values: Mapping[str, Any]
+
+    def shapes(self, inputs: Mapping[str, Shape]) -> dict[Place, Shape]:
+        """Return all shapes; ValueError if the graph cannot run on such inputs."""
+        known = {name: value.shape for name, value in self.values.items()} | dict(inputs)
+        try:
+            _, found, _ = self.symbol.infer_shape(**{k: known[k] for k in self._names()})
+        except mx.MXNetError as error:
+            raise ValueError(
+                f"the graph cannot run on {dict(inputs)}: {first_line(error)}"
+            ) from error
+        if found is None:
+            raise ValueError(f"the shapes in the graph cannot be inferred from {dict(inputs)}")
+        shapes = dict(zip(self.places, found))
+        for (node, number), shape in shapes.items():
+            # MXNet does not check this, and would read beyond the array.
+            if node.op in _RESHAPES and number == 0:
+                before = shapes[node.inputs[0].node, node.inputs[0].number]
+                if prod(before) != prod(shape):
+                    raise ValueError(
+                        f"node {node.name!r} ({node.op}) cannot give {before} the shape {shape}"
+                    )
+        return shapes
+
+    def types(self, inputs: Mapping[str, Any]) -> dict[Place, np.dtype[Any]]:
+        """Return all types, from those of the inputs."""
+        arrays = {**self.values, **inputs}
+        try:
+            _, found, _ = self.symbol.infer_type(**{k: arrays[k].dtype for k in self._names()})
+        except mx.MXNetError as error:
+            raise ValueError(f"the types in the graph do not fit: {first_line(error)}") from error
+        if found is None:
+            raise ValueError("the types in the graph cannot be inferred from those of its inputs")
+        return {place: np.dtype(dtype) for place, dtype in zip(self.places, found)}
+
+    def tensors(
+        self, inputs: Mapping[str, Any], others: list[dict[str, Shape]]
+    ) -> dict[Place, Tensor]:
+        """Return shapes and types.
+
+        `others` are further shapes that the inputs may have: lengths that differ there are None.
+        """
+        types = self.types(inputs)
+        first = self.shapes({name: array.shape for name, array in inputs.items()})
+        more = [self.shapes(other) for other in others]
+        return {
+            place: Tensor(_common(shape, [shapes[place] for shapes in more]), types[place])
+            for place, shape in first.items()
+        }
+
+    def _names(self) -> list[str]:
+        names: list[str] = self.symbol.list_inputs()
+        return names
 
 
-def _shapes(symbol: Any, values: Mapping[str, Any], inputs: Mapping[str, Shape]) -> list[Shape]:
-    known = {name: value.shape for name, value in values.items()} | dict(inputs)
-    try:
-        _, shapes, _ = symbol.infer_shape(**{k: known[k] for k in symbol.list_inputs()})
-    except mx.MXNetError as error:
-        raise ValueError(f"the graph cannot run on {dict(inputs)}: {first_line(error)}") from error
-    if shapes is None:
-        raise ValueError(f"the shapes in the graph cannot be inferred from {dict(inputs)}")
-    return list(shapes)
+def _common(shape: Shape, others: list[Shape]) -> tuple[int | None, ...]:
+    return tuple(
+        length if all(other[axis] == length for other in others) else None
+        for axis, length in enumerate(shape)
+    )

@@ -9,7 +9,8 @@ from typing import Any
 
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from .._ir import Graph, Node
+from .._ir import Graph, Node, Output
+from ..check import run_symbol
 from ._emitter import LOCAL, Emitter
 from ._exporter import exported
 from ._names import Names
@@ -53,7 +54,7 @@ def translate(
     result = Translated()
     for node in graph.nodes():
         if not node.is_variable:
-            _add(result, node, names, outputs, opset)
+            _add(result, graph, node, names, outputs, opset)
             continue
         result.tensors[node, 0] = node.name
         if node.name in values:
@@ -72,6 +73,7 @@ def translate(
 
 def _add(
     result: Translated,
+    graph: Graph,
     node: Node,
     names: Names,
     known: Mapping[Node, Mapping[int, Tensor]],
@@ -86,7 +88,7 @@ def _add(
         outputs,
         opset,
     )
-    written = _written(emitter)
+    written = _written(graph, emitter)
     local = {output for made in emitter.nodes for output in made.output}
     final: dict[str, str] = {}
     for number in outputs:
@@ -112,7 +114,7 @@ def _add(
     result.ends[node] = len(result.nodes)
 
 
-def _written(emitter: Emitter) -> list[str]:
+def _written(graph: Graph, emitter: Emitter) -> list[str]:
     """Translate by our own table, else by the exporter; returns the outputs' names."""
     node = emitter.node
     own = TRANSLATIONS.get(node.op)
@@ -120,6 +122,9 @@ def _written(emitter: Emitter) -> list[str]:
         _refuse_random(node)
         if own and set(emitter.outputs) != {0}:
             raise ValueError(f"its output {max(emitter.outputs)} has no counterpart")
+        if not node.inputs:  # a range of numbers, for example: MXNet knows best
+            heads = [Output(node, number) for number in range(max(emitter.outputs) + 1)]
+            return [emitter.constant(y, y.dtype) for y in run_symbol(graph.symbol(heads), {}, {})]
         return [own(emitter)] if own else exported(emitter)
     except Exception as error:  # the exporter raises anything, AssertionError included
         reason = str(error) or type(error).__name__

@@ -13,6 +13,7 @@ from ._batches import Arrays
 from ._compare import disagreement
 from ._model import Model
 from ._run import NotRunnable, Running, first_said, runtime_name
+from ._shapes import Place
 from ._translate import describe
 
 Named = Mapping[str, np.ndarray]
@@ -33,7 +34,7 @@ def verify(model: Model, proto: Any, runs: list[tuple[Arrays, Arrays]]) -> None:
             raise ValueError(_not_runnable(model, inputs, str(error))) from error
         faults = [disagreement(y, z) for y, z in zip(outputs, expected)]
         if len(outputs) != len(expected) or any(faults):
-            raise ValueError(_wrong(model, inputs, expected, faults))
+            raise ValueError(_wrong(model, inputs, expected))
     try:
         checker.check_model(proto, full_check=True)
     except Exception as error:  # its own kinds, and those of shape inference
@@ -41,49 +42,59 @@ def verify(model: Model, proto: Any, runs: list[tuple[Arrays, Arrays]]) -> None:
 
 
 def _not_runnable(model: Model, inputs: Named, said: str) -> str:
-    """Find the first node with which the model cannot be run any more."""
+    """Find the node with which the model cannot be run any more, or a wrong one before it."""
     nodes = list(model.translated.ends)
     low, high = 0, len(nodes)  # the first `low` nodes run, the first `high` do not
     while high - low > 1:
         middle = (low + high) // 2
-        reason = _reason(model, inputs, nodes[middle - 1])
-        if reason is None:
+        try:
+            _results(model, inputs, nodes[middle - 1 : middle])
             low = middle
-        else:
-            high, said = middle, reason
-    return f"{describe(nodes[high - 1])} cannot be run as ONNX by {runtime_name()}: {said}"
+        except NotRunnable as error:
+            high, said = middle, str(error)
+    fault = _first_fault(model, inputs, nodes[:low]) if low else None
+    return fault or f"{describe(nodes[low])} cannot be run as ONNX by {runtime_name()}: {said}"
 
 
-def _reason(model: Model, inputs: Named, last: Node) -> str | None:
-    """Say why the model up to a node cannot be run; None if it can."""
-    names = [name for (node, _), name in model.translated.tensors.items() if node is last]
+def _wrong(model: Model, inputs: Named, expected: Arrays) -> str:
+    """Say which node is the first whose result is not MXNet's on the same inputs."""
     try:
-        part = Running(model.part(model.translated.ends[last], names))
-        part.run({name: inputs[name] for name in model.needed()})
+        fault = _first_fault(model, inputs, list(model.translated.ends))
     except NotRunnable as error:
-        return str(error)
+        return f"the ONNX model is not the net, and cannot be taken apart: {error}"
+    if fault:
+        return fault
+    computed = dict(zip(model.places, model.reference(inputs)))
+    for head, output in zip(model.graph.heads, expected):
+        fault = disagreement(computed[head.node, head.number], output)
+        if fault:
+            node = describe(head.node)
+            return f"the inference graph is not the net, at {node}: {fault} {_where(inputs)}"
+    return f"the ONNX model is not the net, though no single node is wrong {_where(inputs)}"
+
+
+def _first_fault(model: Model, inputs: Named, nodes: list[Node]) -> str | None:
+    """Compare the results of nodes with MXNet's, in order: of equal inputs, the first is wrong."""
+    results = _results(model, inputs, nodes)
+    computed = dict(zip(model.places, model.reference(inputs)))
+    for types in (False, True):
+        for place, result in results.items():
+            fault = disagreement(result, computed[place], types=types)
+            if fault:
+                node = describe(place[0])
+                return f"{node} cannot be translated to ONNX right: {fault} {_where(inputs)}"
     return None
 
 
-def _wrong(model: Model, inputs: Named, expected: Arrays, faults: list[str | None]) -> str:
-    """Say which node is the first whose result is not MXNet's on the same inputs."""
-    places = [place for place in model.places if not place[0].is_variable]
+def _results(model: Model, inputs: Named, nodes: list[Node]) -> dict[Place, np.ndarray]:
+    """Run the model up to the last of some nodes; returns what they computed."""
+    some = set(nodes)
+    places = [place for place in model.places if place[0] in some]
     names = [model.translated.tensors[place] for place in places]
-    try:
-        everything = Running(model.part(len(model.translated.nodes), names))
-        results = everything.run({name: inputs[name] for name in model.needed()})
-    except NotRunnable as error:
-        return f"the ONNX model is not the net ({faults}), and cannot be taken apart: {error}"
-    got = dict(zip(places, results))
-    want = dict(zip(model.places, model.reference(inputs)))
-    shapes = ", ".join(f"{name} {a.shape}" for name, a in inputs.items())
-    by = f"(in {runtime_name()}, on {shapes})"
-    for types in (False, True):
-        for place in places:
-            fault = disagreement(got[place], want[place], types=types)
-            if fault:
-                return f"{describe(place[0])} cannot be translated to ONNX right: {fault} {by}"
-    for head, output, fault in zip(model.graph.heads, expected, faults):
-        if disagreement(want[head.node, head.number], output):
-            return f"the inference graph is not the net, at {describe(head.node)}: {fault} {by}"
-    return f"the ONNX model is not the net, though no single node is wrong: {faults} {by}"
+    part = Running(model.part(model.translated.ends[nodes[-1]], names))
+    return dict(zip(places, part.run({name: inputs[name] for name in model.needed()})))
+
+
+def _where(inputs: Named) -> str:
+    shapes = ", ".join(f"{name} {array.shape}" for name, array in inputs.items())
+    return f"(in {runtime_name()}, on {shapes})"
