@@ -45,7 +45,7 @@ def renamed(symbol, name):
 
 
 def as_net(symbol, rng, **shapes):
-    """A SymbolBlock with random parameters; inputs by name."""
+    """A SymbolBlock with random parameters, run once; inputs by name."""
     block = SymbolBlock(symbol, [mx.sym.var(name) for name in shapes])
     block.initialize()
     arguments, _, auxiliary = symbol.infer_shape(**shapes)
@@ -57,6 +57,7 @@ def as_net(symbol, rng, **shapes):
             values = rng.uniform(0.5, 2, shape) if positive else rng.normal(size=shape) / 2
             parameters[name].shape = shape
             parameters[name].set_data(mx.nd.array(values))
+    outputs_of(block, *(np.zeros(shape) for shape in shapes.values()))
     return block
 
 

@@ -122,13 +122,23 @@ def _written(graph: Graph, emitter: Emitter) -> list[str]:
         _refuse_random(node)
         if own and set(emitter.outputs) != {0}:
             raise ValueError(f"its output {max(emitter.outputs)} has no counterpart")
-        if not node.inputs:  # a range of numbers, for example: MXNet knows best
-            heads = [Output(node, number) for number in range(max(emitter.outputs) + 1)]
-            return [emitter.constant(y, y.dtype) for y in run_symbol(graph.symbol(heads), {}, {})]
+        if not node.inputs:
+            return [_computed(graph, emitter)]
         return [own(emitter)] if own else exported(emitter)
     except Exception as error:  # the exporter raises anything, AssertionError included
         reason = str(error) or type(error).__name__
         raise ValueError(f"{describe(node)} cannot be translated to ONNX: {reason}") from error
+
+
+def _computed(graph: Graph, emitter: Emitter) -> str:
+    """Let MXNet compute what depends on nothing, as a range of numbers."""
+    node, shape = emitter.node, emitter.out.shape
+    if None in shape:
+        raise ValueError("its shape follows the batch, which only dynamic_batch=False can state")
+    if "shape" in node.attrs:  # lengths of 0 are those that the graph tells
+        node = Node(node.op, node.name, {**node.attrs, "shape": str(shape)})
+    (value,) = run_symbol(graph.symbol([Output(node)]), {}, {})
+    return emitter.constant(value, value.dtype)
 
 
 def _refuse_random(node: Node) -> None:
