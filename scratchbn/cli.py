@@ -123,13 +123,17 @@ def _write_compared(before: Any, after: Any, shapes: dict[str, Any], prefix: str
     """Print how far a rewritten model is from the model it was, and write it."""
     from scratchbn import deploy
 
-    inputs = set(before[0].list_inputs()) - {deploy.plain_name(name) for name in before[1]}
-    unknown = sorted(n for n in inputs if min(shapes.get(n, ()), default=0) < 1)
+    values = {deploy.plain_name(name): value for name, value in before[1].items()}
+    shapes = deploy.complete_shapes(before[0], values, shapes)
+    unknown = sorted(n for n in before[0].list_inputs() if min(shapes.get(n, ()), default=0) < 1)
     if unknown:
         print(f"largest difference: not measured, give --shape {unknown[0]}=N,C,...")
     else:
-        difference, size = deploy.largest_difference(before, after, shapes)
-        print(f"largest difference on random input: {difference:.1e}, of {size:.1e}")
+        try:
+            difference, size = deploy.largest_difference(before, after, shapes)
+            print(f"largest difference on random input: {difference:.1e}, of {size:.1e}")
+        except deploy.NotMeasuredError as error:
+            print(f"largest difference: not measured, {error}")
     deploy.write_model(prefix, *after)
     print(f"written: {prefix}-symbol.json, {prefix}-0000.params")
 

@@ -7,14 +7,22 @@ in the attribute ``MARKER``: its options, and its parameters' names by role.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
+from .._net import BATCH_NORM_OPERATORS
 from ..backends.marker import KEY as MARKER
 from ._ir import Graph, Node
 
 PARAMETERS = ("gamma", "beta", "running_mean", "running_var")
 CUDNN_LEAST_EPSILON = 1e-5
+
+# What MXNet computes with where a file does not state eps: a float in C.
+_EPSILON = float(np.float32(1e-3))
+_SINGLE_PRECISION = {"BatchNorm_v1", "_contrib_SyncBatchNorm"}  # their eps is a float, stated too
+_QUANTIZED = "_contrib_quantized_batch_norm"
 
 _KINDS: dict[str, Any] = {
     "axis": int,
@@ -72,3 +80,19 @@ def obstacle(node: Node, has_more: bool) -> str | None:
         return "its statistics are outputs too"
     computed = [source.node.name for source in node.inputs[1:] if not source.node.is_variable]
     return f"{computed[0]} is computed in the graph" if computed else None
+
+
+def epsilon_of(node: Node) -> float:
+    """Return the epsilon that one of MXNet's norms computes with."""
+    epsilon = node.number("eps", _EPSILON)
+    return float(np.float32(epsilon)) if node.op in _SINGLE_PRECISION else epsilon
+
+
+def out_of_reach(node: Node, *operators: str) -> Iterator[tuple[str, str]]:
+    """Yield norms, and other operators, that a node hides; each with the reason it is left."""
+    if node.op == _QUANTIZED:
+        yield node.op, "it is computed in int8"
+    fused = node.op.startswith("_sg_")
+    for op in sorted({*BATCH_NORM_OPERATORS, *operators}):
+        if node.holds(op):
+            yield op, "oneDNN has fused it" if fused else "it is inside a loop"

@@ -26,7 +26,7 @@ def lowered(
     if not isinstance(net, Block):
         raise TypeError(f"net must be a gluon Block, got {type(net).__name__}")
     symbol, inputs = _trace(net, example_inputs)
-    graph = Graph(symbol)
+    graph = Graph(symbol, amp_casts=False)  # as ``net.export`` writes it
     names = dict.fromkeys(graph.variables())
     names |= {about[role]: None for about in descriptions(graph) for role in PARAMETERS}
     values = _values(net, [name for name in names if name not in inputs])

@@ -475,7 +475,8 @@ def test_a_block_that_is_not_hybrid(rng, tmp_path):
 
 def test_numpy_semantics(norm, rng, tmp_path):
     mx.npx.set_np()
-    net = sequential(nn.Conv2D(4, 3), norm(), nn.Activation("relu"), norm(), nn.Dense(3), norm())
+    layers = [nn.Conv2D(4, 3), norm(), nn.Activation("relu"), norm(), nn.Activation("tanh")]
+    net = sequential(*layers, nn.Dense(3), norm())
     net.initialize()
     x = mx.np.array(rng.normal(size=(2, 3, 6, 6)), dtype="float32")
     net(x)
@@ -598,6 +599,7 @@ def module_model(rng):
     x = mx.sym.Convolution(x, kernel=(3, 3), num_filter=4, name="conv")
     x = mx.sym.BatchNorm(x, name="bn1")
     x = mx.sym.BatchNorm(mx.sym.Activation(x, act_type="relu", name="relu"), name="bn2", eps=1e-4)
+    x = mx.sym.Activation(x, act_type="relu", name="relu2")
     x = mx.sym.FullyConnected(x, num_hidden=3, name="fc")
     symbol = mx.sym.SoftmaxOutput(x, name="softmax")
     params = {

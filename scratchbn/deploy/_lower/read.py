@@ -13,6 +13,7 @@ from .._norm_nodes import (
     PARAMETERS,
     check_parameters,
     description_of,
+    epsilon_of,
     layer_name,
     obstacle,
     with_more_outputs,
@@ -51,8 +52,8 @@ def _described(lowering: Lowering, node: Node) -> Norm:
 
 def _builtin(lowering: Lowering, node: Node) -> Norm:
     names = {role: source.node.name for role, source in zip(PARAMETERS, node.inputs[1:])}
-    axis, epsilon = int(node.attrs.get("axis", 1)), float(node.attrs.get("eps", 1e-3))
-    norm = _norm(lowering, node, names, axis, epsilon, node.flag("fix_gamma", True))
+    axis, fix_gamma = node.integer("axis", 1), node.flag("fix_gamma", True)
+    norm = _norm(lowering, node, names, axis, epsilon_of(node), fix_gamma)
     norm.relu = node.op == "_contrib_BatchNormWithReLU"
     return norm
 

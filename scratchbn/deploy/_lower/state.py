@@ -14,6 +14,10 @@ from .._report import Outcome
 STYLES = ("dwconv", "affine", "batchnorm")
 
 
+class Obstacle(Exception):
+    """The reason why a norm cannot be folded."""
+
+
 @dataclass
 class Norm:
     """A batch normalization in inference, of C channels on `axis`, as ``scale * x + shift``.
