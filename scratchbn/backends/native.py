@@ -9,11 +9,12 @@ from mxnet import autograd
 
 from .._graph.arrays import Array, is_symbol
 from .._graph.state import alike, depend, remember, written
-from .way import Layer, State, in_float32
+from .way import Layer, State, in_float32, named
 
 _serial = itertools.count()
 
 
+@named
 @in_float32
 def native(layer: Layer, F: Any, x: Array, state: State) -> Array:
     """Normalize a batch by one operator, in training and in inference."""
@@ -57,7 +58,8 @@ def _in_graph(F: Any, x: Array, state: State, may_train: bool, **options: Any) -
     y, _, done = _operator(F, inputs, state, flag, options)
     for variable in state.moving:
         remember(variable, alike(F, variable, done), done)
-    return y
+    # An operator of several outputs numbers them, and hooks see "output" of a few operators alone.
+    return F.concat(y, dim=0)
 
 
 def _operator(F: Any, inputs: list[Array], state: State, flag: Array, options: Any) -> Any:
