@@ -1,4 +1,4 @@
-"""Names of nodes: each its own in a graph, and the last one of a layer known by the layer's name."""
+"""Names of nodes: each its own in a graph, and the last one of a layer known by its name."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ def fold(lowering: Lowering, norms: list[Norm]) -> list[tuple[Norm, str]]:
     uses = lowering.graph.uses()
     remaining: dict[Node, tuple[Norm, str]] = {}
     replacements: dict[Output, Output] = {}
+    computes: dict[Node, Node] = {}
     for norm in norms:
         source = norm.node.inputs[0]
         while source in replacements:
@@ -40,6 +41,10 @@ def fold(lowering: Lowering, norms: list[Norm]) -> list[tuple[Norm, str]]:
         uses[producer] = 1
         uses[result.node] = uses[norm.node]
         replacements[Output(norm.node)] = result
+        computes[norm.node] = result.node
+    for head, name in zip(lowering.graph.heads, lowering.outputs):
+        if head.node in computes:  # programs find outputs by name
+            computes[head.node].name = name
     lowering.graph.replace(replacements)
     return list(remaining.values())
 
