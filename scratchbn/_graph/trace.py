@@ -9,6 +9,7 @@ trace of one that a block remembers for ``export``, ``save`` and shape inference
 from __future__ import annotations
 
 import functools
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,13 +41,14 @@ class Trace:
     """A graph being built.
 
     `arrays` are what the block was called with, by the names of their symbols; `writes` holds the
-    latest write to each variable. `purpose` is 'execute', 'remember', or 'symbols' where a block
-    is called on symbols and nobody knows what for.
+    latest write to each variable; `names` are those that nodes have. `purpose` is 'execute',
+    'remember', or 'symbols' where a block is called on symbols and nobody knows what for.
     """
 
     purpose: str = "symbols"
     arrays: dict[str, Array] = field(default_factory=dict)
     writes: dict[Any, Write] = field(default_factory=dict)
+    names: set[str] = field(default_factory=set)
 
 
 class _Here(threading.local):
@@ -118,6 +120,15 @@ def _by_name(args: tuple[Any, ...]) -> dict[str, Array]:
     return {name: a for name, a in zip(names, given) if isinstance(a, mx.nd.NDArray)}
 
 
+def _names_in(values: Any) -> set[str]:
+    """Return the names of the nodes that lead to the symbols in nested lists."""
+    if is_symbol(values):
+        outputs = values.get_internals().list_outputs()
+        return {re.sub(r"_output\d*$", "", output) for output in outputs}
+    nested = values if isinstance(values, (list, tuple)) else ()
+    return set().union(*map(_names_in, nested))
+
+
 def _called_on_arrays(get_graph: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(get_graph)
     def traced(block: HybridBlock, *args: Any) -> Any:
@@ -134,7 +145,7 @@ def _called_on_symbols(call: Callable[..., Any]) -> Callable[..., Any]:
     def traced(block: Block, *args: Any) -> Any:
         if _here.trace is not None or (args and isinstance(args[0], mx.nd.NDArray)):
             return call(block, *args)
-        with _opened(Trace()):
+        with _opened(Trace(names=_names_in(args))):
             return call(block, *args)
 
     return traced

@@ -14,13 +14,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from .._graph.arrays import Array
-from .way import Layer, State
+from .way import Layer, State, named
 
 KEY = "__batch_norm__"
 
 _here = threading.local()
 
 
+@named
 def marker(layer: Layer, F: Any, x: Array, state: State) -> Array:
     """Return `x` through a node that describes the layer."""
     return layer.activate(F, F.identity(x, attr=attributes(layer)))

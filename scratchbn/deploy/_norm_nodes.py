@@ -7,7 +7,9 @@ in the attribute ``MARKER``: its options, and its parameters' names by role.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -57,6 +59,19 @@ def layer_name(running_mean: str, default: str) -> str:
         if running_mean.endswith(ending):
             return running_mean.removesuffix(ending)
     return default
+
+
+def name_norm(node: Node, graph: Graph, running_mean: str) -> None:
+    """Name a norm after its layer if its name is one that MXNet counted, as in older files.
+
+    Where a relu or a cast follows, that one has the layer's name, and the norm's says nothing.
+    """
+    layer = layer_name(running_mean, "")
+    if not layer or not re.fullmatch(rf"{re.escape(layer)}_(reshape_like|identity)\d+", node.name):
+        return
+    taken = {other.name for other in graph.nodes()}
+    names = (f"{layer}_{end}{n or ''}" for n in count() for end in ("fwd", "norm"))
+    node.name = next(name for name in names if name not in taken)
 
 
 def check_parameters(node: Node, names: Mapping[str, str], values: Mapping[str, Any]) -> None:

@@ -167,6 +167,7 @@ def _graft(graph: Graph, calls: list[_Call]) -> None:
         node.inputs = [connected(source) for source in node.inputs]
     for call, head in zip(calls, traced.heads):
         node = head.node
+        node.name = call.node.name
         while MARKER not in node.attrs:  # a relu, a cast
             node = node.inputs[0].node
         description = {**json.loads(node.attrs[MARKER]), **call.names}

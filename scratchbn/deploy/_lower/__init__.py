@@ -36,7 +36,7 @@ def lower(
 
     `shapes` and `dtypes` are those of the inputs, as far as they are known.
     """
-    lowering = Lowering(graph, dict(values))
+    lowering = Lowering(graph, dict(values), [head.node.name for head in graph.heads])
     simplify(lowering)
     norms = read(lowering)
     infer(lowering, norms, shapes, dtypes)
@@ -44,8 +44,17 @@ def lower(
     remaining = fold(lowering, norms) if folding else [(norm, "fold=False") for norm in norms]
     for norm, reason in remaining:
         emit(lowering, norm, reason, style)
+    _keep_names(lowering)
     needed = _finish(lowering)
     return graph.symbol(), needed, FoldReport(tuple(lowering.folded), tuple(lowering.kept))
+
+
+def _keep_names(lowering: Lowering) -> None:
+    """Give outputs their names back where the node of that name is gone: a Dropout, say."""
+    heads = lowering.graph.heads
+    for i, (head, name) in enumerate(zip(heads, lowering.outputs)):
+        if head.node.name != name:
+            heads[i] = Output(Node("_copy", name, {}, [head]))
 
 
 def _finish(lowering: Lowering) -> dict[str, Any]:

@@ -11,8 +11,10 @@ from .state import Lowering, Norm, Obstacle
 
 def fold(lowering: Lowering, norms: list[Norm]) -> list[tuple[Norm, str]]:
     """Fold norms into their neighbours; return the others, each with the reason."""
+    heads = list(lowering.graph.heads)
     pending = {norm.node: norm for norm in norms}
     remaining: dict[Node, tuple[Norm, str]] = {}
+    computes: dict[Node, Node] = {}
     while pending:
         norm = pending[next(iter(pending))]
         try:
@@ -27,7 +29,11 @@ def fold(lowering: Lowering, norms: list[Norm]) -> list[tuple[Norm, str]]:
             source = folded.node.inputs[0]
             replacement = folded.with_relu(source) if folded.relu else source
             lowering.graph.replace({Output(folded.node): replacement})
+            computes[folded.node] = replacement.node
             del pending[folded.node]
+    for head, name in zip(heads, lowering.outputs):
+        if head.node in computes:  # programs find outputs by name
+            computes[head.node].name = name
     kept = []
     for norm, reason in remaining.values():
         followers = fold_into_followers(lowering, norm)

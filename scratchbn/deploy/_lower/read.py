@@ -14,7 +14,7 @@ from .._norm_nodes import (
     check_parameters,
     description_of,
     epsilon_of,
-    layer_name,
+    name_norm,
     obstacle,
     with_more_outputs,
 )
@@ -44,7 +44,7 @@ def read(lowering: Lowering) -> list[Norm]:
 def _described(lowering: Lowering, node: Node) -> Norm:
     description = description_of(node)
     del node.attrs[MARKER]
-    node.name = f"{layer_name(description['running_mean'], node.name)}_fwd"
+    name_norm(node, lowering.graph, description["running_mean"])
     names = {role: description[role] for role in PARAMETERS}
     options = (description[key] for key in ("axis", "epsilon", "fix_gamma", "center"))
     return _norm(lowering, node, names, *options)
