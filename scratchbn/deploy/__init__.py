@@ -5,6 +5,7 @@ exists only as files, :func:`export_onnx` writes ONNX. All three lower the graph
 passes, ``_lower``, for :class:`~scratchbn.ScratchBatchNorm` and MXNet's own ``BatchNorm`` alike.
 """
 
+from ._builtin_copy import builtin_copy
 from ._files import load_params as load_params
 from ._files import load_symbol as load_symbol
 from ._files import plain_name as plain_name
@@ -17,4 +18,4 @@ from .check import largest_difference as largest_difference
 from .export import export_inference, fold
 from .onnx import export_onnx
 
-__all__ = ["FoldReport", "export_inference", "export_onnx", "fold"]
+__all__ = ["FoldReport", "builtin_copy", "export_inference", "export_onnx", "fold"]
