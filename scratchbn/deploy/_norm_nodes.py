@@ -6,36 +6,20 @@ in the attribute ``MARKER``: its options, and its parameters' names by role.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from ..backends.marker import KEY as MARKER
+from ..backends.marker import PARAMETERS as PARAMETERS
+from ..backends.marker import read_description
 from ._ir import Graph, Node
 
-PARAMETERS = ("gamma", "beta", "running_mean", "running_var")
 CUDNN_LEAST_EPSILON = 1e-5
-
-_KINDS: dict[str, Any] = {
-    "axis": int,
-    "epsilon": (int, float),
-    "fix_gamma": bool,
-    "center": bool,
-    **dict.fromkeys(PARAMETERS, str),
-}
 
 
 def description_of(node: Node) -> dict[str, Any]:
     """Return what a node with a ``MARKER`` says about its layer."""
-    text = node.attrs[MARKER]
-    try:
-        description = json.loads(text)
-        damaged = [key for key, kind in _KINDS.items() if not isinstance(description[key], kind)]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"attribute {MARKER} of node {node.name!r} is damaged: {text}") from error
-    if damaged:
-        raise ValueError(f"{damaged[0]} in {MARKER} of node {node.name!r} is damaged: {text}")
-    return dict(description)
+    return read_description(node.name, node.attrs[MARKER])
 
 
 def descriptions(graph: Graph) -> list[dict[str, Any]]:

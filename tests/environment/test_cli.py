@@ -19,6 +19,8 @@ COMMANDS = {
     "options",
     "fold": "fold the batch normalizations of an exported model into the layers before them",
     "convert": "exchange ScratchBatchNorm and MXNet's BatchNorm in an exported model",
+    "infer-symbol": "write a symbol for inference beside an exported one, for the same parameter "
+    "file",
 }
 ROOT = Path(__file__).resolve().parents[2]
 

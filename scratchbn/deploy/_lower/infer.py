@@ -16,8 +16,8 @@ from .state import Lowering, Norm
 _SPATIAL = {"Convolution", "Deconvolution", "Pooling"}
 # Operators whose output has the rank of their first input.
 _SAME_RANK = {
-    *("Activation", "BlockGrad", "Cast", "Concat", "LeakyReLU", "_copy", "amp_cast", "clip"),
-    *("relu", "sigmoid", "tanh"),
+    *("Activation", "BlockGrad", "Cast", "Concat", "Dropout", "LeakyReLU", "_copy", "amp_cast"),
+    *("clip", "relu", "sigmoid", "tanh"),
     *(f"_{name}_scalar" for name in ("div", "minus", "mul", "plus", "power", "rdiv", "rminus")),
     *(f"elemwise_{name}" for name in ("add", "div", "mul", "sub")),
     *(f"broadcast_{name}" for name in ("add", "div", "mul", "sub")),
@@ -47,7 +47,7 @@ def infer(
             "the parameters or the shapes of the inputs do not match the symbol: "
             f"{first_line(error)}"
         ) from error
-    ranks = _ranks(graph) if found is None else {}
+    ranks = ranks_of(graph) if found is None else {}
     for i, norm in enumerate(norms, start=len(graph.heads)):
         norm.dtype = np.dtype(types[i]) if types and types[i] else norm.dtype
         shape = found[i] if found else None
@@ -68,7 +68,7 @@ def _check(norm: Norm, shape: tuple[int, ...] | None) -> None:
         )
 
 
-def _ranks(graph: Graph) -> dict[Node, int]:
+def ranks_of(graph: Graph) -> dict[Node, int]:
     """Return the ranks that follow from the operators alone, where no shapes are known.
 
     MXNet's own inference fails on lengths that are not known yet, in Pooling for one.
