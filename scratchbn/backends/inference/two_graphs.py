@@ -60,15 +60,22 @@ class TwoGraphs:
 
     def __call__(self, *arrays: Array, **options: Any) -> Any:
         """Run the graph that the mode asks for."""
-        second = None if options else self._second(arrays)
-        self._wait_for_the_other(second)
-        if second is not None:
-            op, used = second
+        if options or not self._infers(arrays):
+            self._wait_for_the_other(False)
+            return self._own(*arrays, **options)
+        try:
+            second = self._second(arrays)
+            self._wait_for_the_other(second is not None)
+            if second is not None:
+                return _run(second, arrays)
+        except mx.MXNetError as error:
             try:
-                return op(*(arrays[i] for i in used))
-            except mx.MXNetError:  # also of the block's own graph, if the inputs are wrong
-                self._seconds[self._key(arrays)] = None
-        return self._own(*arrays, **options)
+                results = self._own(*arrays)
+            except mx.MXNetError:
+                raise error from None  # it is the inputs that are wrong
+            self._seconds[self._key(arrays)] = None
+            return results
+        return self._own(*arrays)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._own, name)
@@ -78,28 +85,34 @@ class TwoGraphs:
         self._observed = True
         self._own._register_op_hook(callback, monitor_all)
 
-    def _second(self, arrays: Sequence[Array]) -> Second | None:
-        """Return the second graph if this call is for it and there is one."""
+    def _infers(self, arrays: Sequence[Array]) -> bool:
+        """Tell whether a call is one of inference for which there may be a second graph."""
         observed, self._observed = self._observed, False
         if observed or autograd.is_recording() or autograd.is_training():
-            return None
+            return False
         if get_backend() != "auto" or not inference_graph():
-            return None
+            return False
         data = [arrays[i] for i in self._data]
-        if any(a.context.device_type == "gpu" or not a.size for a in data):
-            return None
+        return not any(a.context.device_type == "gpu" or not a.size for a in data)
+
+    def _second(self, arrays: Sequence[Array]) -> Second | None:
+        """Return the second graph for inputs of this rank and type, if there is one."""
         key = self._key(arrays)
         if key not in self._seconds:
             with self._lock:
                 if key not in self._seconds:
-                    self._seconds[key] = self._built(arrays)
+                    built = self._built(arrays)
+                    if built is not None:  # no two threads may be the first to run a CachedOp
+                        _run(built, arrays)
+                        mx.nd.waitall()
+                    self._seconds[key] = built
         return self._seconds[key]
 
     def _key(self, arrays: Sequence[Array]) -> Any:
         return tuple((arrays[i].ndim, arrays[i].dtype) for i in self._data)
 
-    def _wait_for_the_other(self, second: Second | None) -> None:
-        runs_second = second is not None
+    def _wait_for_the_other(self, runs_second: bool) -> None:
+        """Wait, where the engine does not, for what the other graph reads or writes."""
         if self._unordered and self._latest not in (None, runs_second):
             mx.nd.waitall()
         self._latest = runs_second
@@ -121,6 +134,11 @@ class TwoGraphs:
         parameters = [i for i, source in enumerate(used) if source not in self._data]
         flags = [("data_indices", data), ("param_indices", parameters), *self._flags]
         return mx.nd.CachedOp(symbol, flags), used
+
+
+def _run(second: Second, arrays: Sequence[Array]) -> Any:
+    op, used = second
+    return op(*(arrays[i] for i in used))
 
 
 def with_second_graph(
