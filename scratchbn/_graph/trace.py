@@ -3,7 +3,8 @@
 Two doors lead into a trace, and importing this module wraps both: ``HybridBlock._get_graph``, for
 a block that is given arrays, and ``Block.__call__``, for one that is called on symbols. A third
 wrapper, of ``HybridBlock._build_cache``, tells the trace of a graph that will be executed from the
-trace of one that a block remembers for ``export``, ``save`` and shape inference.
+trace of one that a block remembers for ``export``, ``save`` and shape inference, and lets those who
+asked with :func:`when_built` put something else in the place of what runs the graph.
 """
 
 from __future__ import annotations
@@ -49,6 +50,12 @@ class Trace:
     arrays: dict[str, Array] = field(default_factory=dict)
     writes: dict[Any, Write] = field(default_factory=dict)
     names: set[str] = field(default_factory=set)
+
+
+# Given a CachedOp, its graph, which inputs are data, and its flags; returns what is to run.
+Built = Callable[[Any, Array, list[bool], list[tuple[str, Any]]], Any]
+
+_when_built: list[Built] = []
 
 
 class _Here(threading.local):
@@ -157,7 +164,8 @@ def _built_to_execute(build_cache: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(build_cache)
     def build(block: HybridBlock, *args: Any) -> None:
         if isinstance(block, SymbolBlock):  # it has a graph and nothing to trace
-            return build_cache(block, *args)
+            build_cache(block, *args)
+            return _tell_built(block)
         remembered, block._cached_graph = block._cached_graph, ()
         try:
             with executing():
@@ -165,11 +173,27 @@ def _built_to_execute(build_cache: Callable[..., None]) -> Callable[..., None]:
         except BaseException:
             block._cached_graph = remembered
             raise
+        _tell_built(block)
         if _COMPILED in block._cached_graph[1].tojson() and not block._backend:
             block._cached_graph = remembered
             block._get_graph(*args)
 
     return build
+
+
+def when_built(built: Built) -> None:
+    """Have a function called with whatever runs a block, once it is built."""
+    _when_built.append(built)
+
+
+def _tell_built(block: HybridBlock) -> None:
+    if block._backend:  # the graph is another's
+        return
+    is_data = [data for data, _ in block._cached_op_args]
+    for built in _when_built:
+        block._cached_op = built(
+            block._cached_op, block._cached_graph[1], is_data, list(block._flags)
+        )
 
 
 HybridBlock._get_graph = _called_on_arrays(HybridBlock._get_graph)

@@ -8,10 +8,10 @@ from warnings import warn
 import mxnet as mx
 from mxnet.gluon import SymbolBlock
 
+from .._graph.nodes import Graph
 from .._net import check_block, flatten, variables_of
 from ..backends import use_backend
 from ._files import named_for_file
-from ._ir import Graph
 from ._to_builtin import to_builtin
 from ._trace import traced, values_of
 

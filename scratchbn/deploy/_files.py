@@ -11,9 +11,9 @@ from typing import Any
 
 import mxnet as mx
 
+from .._graph.nodes import plain_numbers
 from .._text import first_line
 from .._writing import PathLike, write_files
-from ._ir import plain_numbers
 
 
 def load_symbol(symbol: Any) -> Any:

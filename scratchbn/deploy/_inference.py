@@ -16,8 +16,8 @@ from typing import Any
 import mxnet as mx
 import numpy as np
 
+from .._graph.nodes import Graph
 from .._text import first_line
-from ._ir import Graph
 
 Shape = tuple[int, ...]
 

@@ -6,7 +6,6 @@ in the attribute ``MARKER``: its options, and its parameters' names by role.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from itertools import count
@@ -14,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from .._graph.nodes import Graph, Node
 from .._net import BATCH_NORM_OPERATORS
 from ..backends.marker import KEY as MARKER
-from ._ir import Graph, Node
+from ..backends.marker import PARAMETERS as PARAMETERS
+from ..backends.marker import read_description
 
-PARAMETERS = ("gamma", "beta", "running_mean", "running_var")
 CUDNN_LEAST_EPSILON = 1e-5
 
 # What MXNet computes with where a file does not state eps: a float in C.
@@ -26,26 +26,10 @@ _EPSILON = float(np.float32(1e-3))
 _SINGLE_PRECISION = {"BatchNorm_v1", "_contrib_SyncBatchNorm"}  # their eps is a float, stated too
 _QUANTIZED = "_contrib_quantized_batch_norm"
 
-_KINDS: dict[str, Any] = {
-    "axis": int,
-    "epsilon": (int, float),
-    "fix_gamma": bool,
-    "center": bool,
-    **dict.fromkeys(PARAMETERS, str),
-}
-
 
 def description_of(node: Node) -> dict[str, Any]:
     """Return what a node with a ``MARKER`` says about its layer."""
-    text = node.attrs[MARKER]
-    try:
-        description = json.loads(text)
-        damaged = [key for key, kind in _KINDS.items() if not isinstance(description[key], kind)]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"attribute {MARKER} of node {node.name!r} is damaged: {text}") from error
-    if damaged:
-        raise ValueError(f"{damaged[0]} in {MARKER} of node {node.name!r} is damaged: {text}")
-    return dict(description)
+    return read_description(node.name, node.attrs[MARKER])
 
 
 def descriptions(graph: Graph) -> list[dict[str, Any]]:

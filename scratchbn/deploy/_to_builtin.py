@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
+from .._graph.nodes import Graph, Output
 from ..backends.marker import KEY as MARKER
 from ..convert import ConversionReport, Entry
-from ._ir import Graph, Output
 from ._norm_nodes import (
     CUDNN_LEAST_EPSILON,
     PARAMETERS,

@@ -12,12 +12,12 @@ import numpy as np
 from mxnet import autograd
 from mxnet.gluon import Block
 
+from .._graph.nodes import Graph, Node, Output
 from .._net import BATCH_NORM_OPERATORS
 from ..backends.marker import KEY as MARKER
 from ..convert import ConversionReport, Entry
 from ..layer import ScratchBatchNorm, ScratchBatchNormReLU
 from ._inference import infer_types
-from ._ir import Graph, Node, Output
 from ._norm_nodes import (
     PARAMETERS,
     check_parameters,

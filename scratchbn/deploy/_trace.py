@@ -11,10 +11,10 @@ from mxnet import autograd
 from mxnet.gluon import Block
 from mxnet.gluon.parameter import DeferredInitializationError
 
+from .._graph.nodes import Graph
 from .._net import averaged, blocks_of, flatten, regroup, without_hooks
 from .._text import first_line
 from ..backends.marker import inference_markers
-from ._ir import Graph
 from ._lower import lower
 from ._norm_nodes import PARAMETERS, descriptions
 from ._report import FoldReport

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from .._checks import check_choice
+from .._graph.nodes import Graph
 from ..convert import ConversionReport
 from ._files import load_params, load_symbol, plain_name
-from ._ir import Graph
 from ._to_builtin import to_builtin
 from ._to_scratch import to_scratch
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .._checks import check_choice, check_integer
+from .._graph.nodes import Graph
 from .._writing import PathLike, check_directory
 from ._files import load_params, load_symbol, named_for_file, plain_name, stated_shapes, write_model
-from ._ir import Graph
 from ._lower import STYLES, lower
 from ._report import FoldReport
 from ._trace import lowered

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .._ir import Graph, Node, Output
+from ..._graph.nodes import Graph, Node, Output
 from .._report import FoldReport
 from .emit import emit
 from .fold import fold

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .._ir import Node
+from ..._graph.nodes import Node
 from .state import Obstacle
 
 SCALARS = {"_plus_scalar", "_minus_scalar", "_rminus_scalar", "_mul_scalar", "_div_scalar"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .._ir import Node, Output
+from ..._graph.nodes import Node, Output
 from .layers import check_parameters, fitting, set_weights
 from .state import Lowering, Norm, Obstacle
 from .weights import weights_before_norm

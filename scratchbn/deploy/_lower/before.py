@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .._ir import Node, Output
+from ..._graph.nodes import Node, Output
 from .affine import SCALARS, Affine, arithmetic, keeps_channels
 from .layers import check_parameters, fitting, on_channel_axis, set_weights
 from .state import Lowering, Norm, Obstacle

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .._ir import Node, Output
+from ..._graph.nodes import Node, Output
 from .._norm_nodes import CUDNN_LEAST_EPSILON
 from .._report import Outcome
 from .state import Lowering, Norm, rounded

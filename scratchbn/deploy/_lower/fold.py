@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .._ir import Node, Output
+from ..._graph.nodes import Node, Output
 from .._report import Outcome
 from .after import fold_into_followers
 from .before import Plan

@@ -7,10 +7,10 @@ from typing import Any
 
 import mxnet as mx
 
+from ..._graph.nodes import Graph, Node
 from ..._net import BATCH_NORM_OPERATORS
 from ..._text import first_line
 from .._inference import complete_shapes, infer_types, is_complete
-from .._ir import Graph, Node
 from .state import Lowering, Norm
 
 _SPATIAL = {
@@ -19,8 +19,8 @@ _SPATIAL = {
 }
 # Operators whose output has the rank of their first input.
 _SAME_RANK = {
-    *("Activation", "BlockGrad", "Cast", "Concat", "LeakyReLU", "_copy", "amp_cast", "clip"),
-    *("relu", "sigmoid", "tanh"),
+    *("Activation", "BlockGrad", "Cast", "Concat", "Dropout", "LeakyReLU", "_copy", "amp_cast"),
+    *("clip", "relu", "sigmoid", "tanh"),
     *(f"_contrib_{name}" for name in ("dequantize", "quantize_v2", "requantize")),
     *(f"_{name}_scalar" for name in ("div", "minus", "mul", "plus", "power", "rdiv", "rminus")),
     *(f"elemwise_{name}" for name in ("add", "div", "mul", "sub")),
@@ -47,7 +47,7 @@ def infer(
             "the parameters or the shapes of the inputs do not match the symbol: "
             f"{first_line(error.__cause__ or error)}"
         ) from error
-    ranks = _ranks(graph) if found is None else {}
+    ranks = ranks_of(graph) if found is None else {}
     for i, norm in enumerate(norms, start=len(graph.heads)):
         norm.dtype = types[i] or norm.dtype
         shape = found[i] if found else None
@@ -79,7 +79,7 @@ def _check(norm: Norm, shape: tuple[int, ...] | None) -> None:
         )
 
 
-def _ranks(graph: Graph) -> dict[Node, int]:
+def ranks_of(graph: Graph) -> dict[Node, int]:
     """Return the ranks that follow from the operators alone, where no shapes are known.
 
     MXNet's own inference fails on lengths that are not known yet, in Pooling for one.

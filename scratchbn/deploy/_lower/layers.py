@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .._ir import Node
+from ..._graph.nodes import Node
 from .affine import Affine
 from .state import Lowering, Obstacle, rounded
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from ..._graph.nodes import Node
 from ..._net import BATCH_NORM_OPERATORS
 from ...backends.marker import KEY as MARKER
-from .._ir import Node
 from .._norm_nodes import (
     PARAMETERS,
     check_parameters,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ..._graph.nodes import Node, Output
 from ...backends.marker import KEY as MARKER
-from .._ir import Node, Output
 from .._norm_nodes import descriptions, out_of_reach
 from .._report import Outcome
 from .._training_graph import ends_layer, in_inference, is_zero, running_means, undescribed

@@ -8,7 +8,7 @@ from typing import Any
 import mxnet as mx
 import numpy as np
 
-from .._ir import Graph, Node, Output
+from ..._graph.nodes import Graph, Node, Output
 from .._report import Outcome
 
 STYLES = ("dwconv", "affine", "batchnorm")

@@ -8,8 +8,8 @@ from typing import Any
 import mxnet as mx
 import numpy as np
 
+from ..._graph.nodes import Graph, Output
 from ..._text import first_line
-from .._ir import Graph, Output
 from ._batches import Arrays, Reference, other_batches, probes
 from ._model import Model
 from ._names import name_once

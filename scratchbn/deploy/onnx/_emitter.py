@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from .._ir import Node
+from ..._graph.nodes import Node
 from ._attributes import Attributes
 from ._shapes import Tensor
 

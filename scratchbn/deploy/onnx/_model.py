@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from onnx import ValueInfoProto, helper
 
-from .._ir import Graph
+from ..._graph.nodes import Graph
 from ._shapes import Place, Tensor
 from ._translate import Translated
 from ._wide import run_wide

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .._ir import Graph
+from ..._graph.nodes import Graph
 
 
 class Names:

@@ -10,8 +10,8 @@ from typing import Any
 import mxnet as mx
 import numpy as np
 
+from ..._graph.nodes import Graph, Node
 from ..._text import first_line
-from .._ir import Graph, Node
 
 Shape = tuple[int, ...]
 Place = tuple[Node, int]

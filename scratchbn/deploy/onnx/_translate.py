@@ -9,7 +9,7 @@ from typing import Any
 
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from .._ir import Graph, Node, Output
+from ..._graph.nodes import Graph, Node, Output
 from ..check import run_symbol
 from ._emitter import LOCAL, Emitter
 from ._exporter import exported

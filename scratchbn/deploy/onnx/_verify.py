@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from onnx import checker
 
-from .._ir import Node
+from ..._graph.nodes import Node
 from ._batches import Arrays
 from ._compare import disagreement
 from ._model import Model
