@@ -47,8 +47,8 @@ def convert_files(
         As given.
     report : ConversionReport
         What was converted; what was kept, and why (in a loop, in int8, fused by oneDNN, a layer
-        that the graph does not describe); what is to be minded. An entry has the layer's name in `path`,
-        its node's in `name`.
+        that the graph does not describe); what is to be minded. An entry has the layer's name in
+        `path`, its node's in `name`.
 
     Raises
     ------
