@@ -84,6 +84,8 @@ def load_params(params: Any) -> dict[str, Any]:
         raise ValueError(
             f"{os.fspath(params)!r} is not an MXNet parameter file: {first_line(error)}"
         ) from error
+    if not loaded:  # a net without parameters
+        return {}
     if not isinstance(loaded, dict):
         raise ValueError(f"{os.fspath(params)!r} has {len(loaded)} arrays without names")
     return {name: value.as_nd_ndarray() for name, value in loaded.items()}

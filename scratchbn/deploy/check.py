@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import mxnet as mx
@@ -14,6 +16,8 @@ from ._files import plain_name
 from ._inference import complete_shapes, infer_types
 
 __all__ = ["NotMeasuredError", "largest_difference"]
+
+_FUSION = "MXNET_SUBGRAPH_BACKEND"
 
 Model = tuple[Any, Mapping[str, Any]]
 
@@ -77,16 +81,33 @@ def run_symbol(
     """Run a model in inference, on the CPU; ValueError if it cannot run on these inputs."""
     values = {plain_name(name): value for name, value in params.items()} | dict(inputs)
     try:
-        executor = symbol.bind(
-            mx.cpu(),
-            {name: values[name] for name in symbol.list_arguments()},
-            aux_states={name: values[name].copy() for name in symbol.list_auxiliary_states()},
-            grad_req="null",
-        )
+        with _as_written():
+            executor = symbol.bind(
+                mx.cpu(),
+                {name: values[name] for name in symbol.list_arguments()},
+                aux_states={name: values[name].copy() for name in symbol.list_auxiliary_states()},
+                grad_req="null",
+            )
         return [y.asnumpy() for y in executor.forward(is_train=False)]
     except mx.MXNetError as error:
         shapes = {name: array.shape for name, array in inputs.items()}
         raise ValueError(f"the model cannot run on {shapes}: {first_line(error)}") from error
+
+
+@contextmanager
+def _as_written() -> Iterator[None]:
+    """Bind without oneDNN's fusion, which may replace the output of a convolution that is a head.
+
+    It also gives other numbers for a BatchNorm on another axis than 1.
+    """
+    before = os.environ.get(_FUSION)
+    os.environ[_FUSION] = "NONE"
+    try:
+        yield
+    finally:
+        del os.environ[_FUSION]
+        if before is not None:
+            os.environ[_FUSION] = before
 
 
 def compare_outputs(

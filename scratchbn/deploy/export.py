@@ -31,9 +31,10 @@ def export_inference(
 
     No batch statistics, no Dropout and no update is left in it. Each batch normalization, ours or
     MXNet's, is folded into the weights of the Convolution, Deconvolution or dense layer before it
-    where that is exact, or into the norm before it; the others become one multiplication and
-    addition per channel. The constants are computed in float64 and rounded once. The net itself
-    stays as it is, and the same net gives the same bytes.
+    where that is exact, past a concatenation, a reshape and arithmetic with scalars too, or into
+    the norm before it, else into the dense layers and convolutions without padding that follow;
+    the others become one multiplication and addition per channel. The constants are computed in
+    float64 and rounded once. The net itself stays as it is, and the same net gives the same bytes.
 
     Parameters
     ----------

@@ -1,5 +1,7 @@
 """Folds past what lies between a norm and a layer, into what follows, and of calls that share."""
 
+import os
+
 from scratchbn.deploy import fold, largest_difference
 from scratchbn.deploy._lower.weights import weights_before_norm
 
@@ -226,3 +228,25 @@ def test_weights_before_norm_compute_layer_of_norm(groups, rng):
     expected = compute(x * scale.reshape(1, 4, 1, 1) + shift.reshape(1, 4, 1, 1), weight, bias)
     fused = weights_before_norm(weight, bias, scale, shift, groups)
     np.testing.assert_allclose(compute(x, *fused), expected, atol=1e-12)
+
+
+def test_a_sum_of_a_convolution_and_itself_runs_where_mxnet_fuses(rng, monkeypatch):
+    symbol = (lambda y: y + S.Dropout(y))(bn(conv(x)))
+    model = folded(symbol, rng)
+    assert "elemwise_add" not in model[0].tojson()
+    monkeypatch.setenv("MXNET_SUBGRAPH_BACKEND", "MKLDNN")
+    values = {name: value.astype("float32") for name, value in model[1].items()}
+    executor = model[0].bind(mx.cpu(), {"data": mx.nd.ones(IMAGE), **values}, grad_req="null")
+    assert np.isfinite(executor.forward()[0].asnumpy()).all()
+
+
+def test_models_are_compared_as_they_are_written(rng, monkeypatch):
+    """OneDNN's fusion replaces the output of a convolution that is a head by that of its norm."""
+    monkeypatch.setenv("MXNET_SUBGRAPH_BACKEND", "MKLDNN")
+    y = conv(x)
+    symbol = S.Group([y, bn(y)])
+    params = {n: v.astype("float32") for n, v in values(symbol, rng, IMAGE).items()}
+    model = fold(symbol, params)[:2]
+    difference, size = largest_difference((symbol, params), model, {"data": IMAGE})
+    assert difference < 1e-5 * size
+    assert os.environ["MXNET_SUBGRAPH_BACKEND"] == "MKLDNN"

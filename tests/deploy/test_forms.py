@@ -297,3 +297,9 @@ def test_a_net_under_amp_is_exported_as_before(rng, tmp_path):
     net(x)
     assert len(export_inference(net, tmp_path / "net", x).folded) == 1
     assert casts(mx.sym.load(str(tmp_path / "net-symbol.json"))) == 0
+
+
+def test_a_net_without_parameters(tmp_path):
+    write_model(tmp_path / "net", S.Dropout(S.var("data")), {})
+    symbol, values, report = fold(tmp_path / "net-symbol.json", tmp_path / "net-0000.params")
+    assert (symbol.list_inputs(), values, report.kept) == (["data"], {}, ())
