@@ -182,12 +182,6 @@ def test_other_norms_behind_a_folded_one(norm, check):
             (2, 3, 4, 5, 6),
         ),
         (lambda: S.Deconvolution(x, kernel=(3,), stride=(2,), adj=(1,), num_filter=4), (2, 3, 5)),
-        (
-            lambda: S.Deconvolution(
-                x, kernel=(4, 4), stride=(2, 2), target_shape=(10, 8), num_filter=4
-            ),
-            (2, 3, 5, 4),
-        ),
     ],
 )
 def test_convolutions(producer, shape, check):

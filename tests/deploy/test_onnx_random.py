@@ -135,6 +135,15 @@ def arithmetic(draw, x, shape):
     }[kind]()
 
 
+def fitting(x, shape, new):
+    """Reshape. MXNet does not check that the sizes are the same, and reads beyond its arrays."""
+    y = S.Reshape(x, shape=new)
+    _, (found,), _ = S.Reshape(S.var("x"), shape=new).infer_shape(x=shape)
+    if np.prod(found) != np.prod(shape):
+        raise ValueError(f"{shape} cannot become {found}")
+    return y
+
+
 def reshaping(draw, x, shape):
     kind = some(draw, "flat", "join", "codes", "swap", "transpose", "expand", "concat", "split")
     if kind == "split":
@@ -143,7 +152,7 @@ def reshaping(draw, x, shape):
     return {
         "flat": lambda: S.Flatten(x),
         "join": lambda: S.Reshape(x, shape=(0, -3, -2)),
-        "codes": lambda: S.Reshape(x, shape=some(draw, (0, -1), (0, 1, -1), (-2,), (-1, 2))),
+        "codes": lambda: fitting(x, shape, some(draw, (0, -1), (0, 1, -1), (-2,), (-1, 2))),
         "swap": lambda: S.SwapAxis(x, dim1=1, dim2=len(shape) - 1),
         "transpose": lambda: S.transpose(x),
         "expand": lambda: S.squeeze(S.expand_dims(x, axis=some(draw, 1, 2)), axis=None),
@@ -152,7 +161,7 @@ def reshaping(draw, x, shape):
 
 
 def boxes(draw, x, shape):
-    x = S.Reshape(S.abs(x), shape=(0, -1, 6))
+    x = fitting(S.abs(x), shape, (0, -1, 6))
     options = {"id_index": some(draw, -1, 0), "topk": some(draw, -1, 3)}
     options |= {"in_format": some(draw, "corner", "center"), "force_suppress": flag(draw)}
     classes = S.floor(S.slice_axis(x, axis=2, begin=0, end=1))

@@ -156,6 +156,22 @@ def test_dynamic_batch_is_refused_where_the_net_takes_no_other(images, tmp_path)
     symbols.check_export(net, tmp_path / "net.onnx", [images.asnumpy()], dynamic_batch=False)
 
 
+def test_a_graph_that_does_not_fit_is_refused_before_it_is_run(tmp_path, rng):
+    # MXNet would read and write beyond the array.
+    bad = symbols.as_net(S.Reshape(S.var("data0"), shape=(-1, 2), name="odd"), rng, data0=(2, 4))
+    with pytest.raises(ValueError, match=r"node 'odd' \(Reshape\) cannot give \(3, 5\) the shape"):
+        export_onnx(bad, tmp_path / "net.onnx", mx.nd.ones((3, 5)))
+
+
+def test_a_rank_that_depends_on_the_batch_is_refused(tmp_path, images):
+    net = nn.HybridLambda(lambda F, x: F.squeeze(F.mean(x, axis=(2, 3), keepdims=True)))
+    refused(
+        net, tmp_path, images, match=r"node '\S*squeeze0' \(squeeze\) has another number of axes"
+    )
+    (tmp_path / "net.onnx").unlink()
+    symbols.check_export(net, tmp_path / "net.onnx", [images.asnumpy()], dynamic_batch=False)
+
+
 def test_what_follows_the_batch_has_no_stated_length(images, tmp_path):
     export_onnx(small_run(images), tmp_path / "net.onnx", images)
     running = symbols.session(tmp_path / "net.onnx")

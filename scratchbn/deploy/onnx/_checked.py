@@ -39,6 +39,8 @@ def checked_model(
     inference = Inference(everything, places, values)
 
     reference = Reference(net, example_inputs)
+    # Before it is run: a graph that does not fit its input may end the process.
+    inference.shapes(_shapes(inputs, reference.example))
     runs, compute = _first_run(reference, symbol, values, inputs)
     runs += [(arrays, compute(arrays)) for arrays in probes(reference.example)]
     others: list[dict[str, Shape]] = []
@@ -93,7 +95,7 @@ def _other_runs(
         if any(len(done[0]) > len(example[0]) for done, _ in runs):
             break
         try:
-            inference.shapes(_shapes(names, arrays))  # a net that does not fit may end the process
+            inference.shapes(_shapes(names, arrays))
             runs.append((arrays, compute(arrays)))
         except Exception as error:  # the net's own code may raise anything
             reason = first_line(error)

@@ -90,6 +90,12 @@ class Inference:
         types = self.types(inputs)
         first = self.shapes({name: array.shape for name, array in inputs.items()})
         more = [self.shapes(other) for other in others]
+        for (node, number), shape in first.items():
+            if any(len(shapes[node, number]) != len(shape) for shapes in more):
+                raise ValueError(
+                    f"node {node.name!r} ({node.op}) has another number of axes on another batch, "
+                    "which only dynamic_batch=False can leave out"
+                )
         return {
             place: Tensor(_common(shape, [shapes[place] for shapes in more]), types[place])
             for place, shape in first.items()

@@ -42,20 +42,14 @@ def convolution(t: Emitter) -> str:
 
 @translates("Deconvolution")
 def deconvolution(t: Emitter) -> str:
-    """Convolve transposed; the padding may be given by the size of the result."""
+    """Convolve transposed."""
     check_layout(t)
     attrs = window(t)
-    axes = len(attrs["kernel_shape"])
-    target = t.attributes.integers("target_shape")
-    pad = list(t.attributes.integers("pad") or (0,) * axes)
-    adjust = list(t.attributes.integers("adj") or (0,) * axes)
-    if target and any(target):
-        for i, (length, kernel) in enumerate(zip(t.tensors[0].shape[2:], attrs["kernel_shape"])):
-            if length is None:
-                raise ValueError("target_shape needs to know the shape of the input")
-            whole = attrs["strides"][i] * (length - 1) + attrs["dilations"][i] * (kernel - 1) + 1
-            pad[i] = (whole - target[i] + 1) // 2
-            adjust[i] = (whole - target[i]) % 2
+    if any(t.attributes.integers("target_shape") or ()):
+        raise ValueError("target_shape is not supported, state pad and adj instead")
+    none = (0,) * len(attrs["kernel_shape"])
+    pad = t.attributes.integers("pad") or none
+    adjust = list(t.attributes.integers("adj") or none)
     return t.add("ConvTranspose", *t.inputs, pads=[*pad, *pad], output_padding=adjust, **attrs)
 
 
