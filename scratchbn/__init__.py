@@ -28,6 +28,8 @@ _ROOMS = {
     "get_backend": "backends",
     "set_backend": "backends",
     "use_backend": "backends",
+    "set_inference_graph": "backends",
+    "use_inference_graph": "backends",
     "DeviceError": "environment.device",
     "resolve_device": "environment.device",
 }

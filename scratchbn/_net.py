@@ -136,6 +136,17 @@ def graph_of(block: Any) -> Any:
     return block._cached_graph[1] if block._cached_graph else None
 
 
+def variables_of(block: SymbolBlock) -> list[Symbol]:
+    """Return the symbols that stand for the inputs of a SymbolBlock."""
+    return list(block._cached_graph[0])
+
+
+def set_graph(block: SymbolBlock, symbol: Symbol) -> None:
+    """Give a SymbolBlock another graph of the same inputs and Parameters."""
+    block._cached_graph = block._cached_graph[0], symbol
+    block._clear_cached_op()
+
+
 def may_be_traced(block: Block) -> bool:
     """Tell whether a block runs as a graph of its layers once it is hybridized."""
     return isinstance(block, HybridBlock) and not isinstance(block, SymbolBlock)
@@ -187,8 +198,8 @@ def regroup(flat: list[Any], structure: Any) -> Any:
 
 
 def runs_own_graph(block: Any) -> bool:
-    """Tell whether a block is hybridized, and its graph not rewritten by a backend of MXNet."""
-    return block._active and not block._backend
+    """Tell whether a block runs as a graph that no backend of MXNet has rewritten."""
+    return (block._active or isinstance(block, SymbolBlock)) and not block._backend
 
 
 def accepts(block: Any, arguments: tuple[Any, ...]) -> bool:
@@ -225,7 +236,12 @@ def inputs_of_cached_op(block: Any, data: list[Symbol]) -> list[tuple[bool, str]
 
 
 def retrace(block: Any, arguments: tuple[Any, ...]) -> tuple[list[Symbol], Symbol]:
-    """Trace a block once more, and return the inputs and the graph; its own graph stays."""
+    """Trace a block once more, and return the inputs and the graph; its own graph stays.
+
+    A SymbolBlock has nothing to trace: its graph is returned.
+    """
+    if isinstance(block, SymbolBlock):
+        return variables_of(block), graph_of(block)
     kept = block._cached_graph, block._in_format, block._out_format
     try:
         block._cached_graph = ()

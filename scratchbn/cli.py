@@ -111,6 +111,17 @@ def _launch(arguments: argparse.Namespace) -> int:
     return launch(arguments.program, arguments.workers, arguments.servers)
 
 
+def _infer_symbol(arguments: argparse.Namespace) -> int:
+    """Write a symbol for inference beside an exported one, for the same parameter file."""
+    from scratchbn import deploy
+
+    path = deploy.write_inference_symbol(
+        arguments.symbol, arguments.out, params=arguments.params, shapes=dict(arguments.shape)
+    )
+    print(f"written: {path}")
+    return 0
+
+
 def _model(arguments: argparse.Namespace) -> tuple[tuple[Any, Any], dict[str, Any]]:
     """Read the model, and the shapes of its inputs as far as they are stated."""
     from scratchbn import deploy
@@ -123,13 +134,17 @@ def _write_compared(before: Any, after: Any, shapes: dict[str, Any], prefix: str
     """Print how far a rewritten model is from the model it was, and write it."""
     from scratchbn import deploy
 
-    inputs = set(before[0].list_inputs()) - {deploy.plain_name(name) for name in before[1]}
-    unknown = sorted(n for n in inputs if min(shapes.get(n, ()), default=0) < 1)
+    values = {deploy.plain_name(name): value for name, value in before[1].items()}
+    shapes = deploy.complete_shapes(before[0], values, shapes)
+    unknown = sorted(n for n in before[0].list_inputs() if min(shapes.get(n, ()), default=0) < 1)
     if unknown:
         print(f"largest difference: not measured, give --shape {unknown[0]}=N,C,...")
     else:
-        difference, size = deploy.largest_difference(before, after, shapes)
-        print(f"largest difference on random input: {difference:.1e}, of {size:.1e}")
+        try:
+            difference, size = deploy.largest_difference(before, after, shapes)
+            print(f"largest difference on random input: {difference:.1e}, of {size:.1e}")
+        except deploy.NotMeasuredError as error:
+            print(f"largest difference: not measured, {error}")
     deploy.write_model(prefix, *after)
     print(f"written: {prefix}-symbol.json, {prefix}-0000.params")
 
@@ -193,16 +208,27 @@ def _parser() -> argparse.ArgumentParser:
         help="builtin: MXNet's BatchNorm nodes; scratch: the training graph of ScratchBatchNorm",
     )
 
+    option = add("infer-symbol", _infer_symbol)
+    option("symbol", help="model-symbol.json")
+    params = "for shapes and types (default: the newest model-0000.params beside the symbol)"
+    option("--params", metavar="FILE", help=params)
+    option("--out", metavar="FILE", help="the file to write (default: model-infer-symbol.json)")
+    _add_shape(option)
+
     add_job(add("launch", _launch))
     return parser
 
 
 def _add_model(option: Callable[..., Any]) -> None:
     files = "write PREFIX-symbol.json and -0000.params"
-    shape = "shape of an input, as data=1,3,224,224, to run the model on; one for each input"
     option("symbol", help="model-symbol.json")
     option("params", help="model-0000.params")
     option("--out", required=True, metavar="PREFIX", help=files)
+    _add_shape(option)
+
+
+def _add_shape(option: Callable[..., Any]) -> None:
+    shape = "shape of an input, as data=1,3,224,224, to run the model on; one for each input"
     option(
         "--shape", action="append", default=[], type=named_shape, metavar="NAME=N,C,...", help=shape
     )

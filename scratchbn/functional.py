@@ -158,10 +158,12 @@ def scale_and_shift(
 
         xhat = (x - high - low) / sqrt(sigma^2 + epsilon)
         y    = gamma xhat + beta
-             = (x - high) factor + (beta - low factor)
+             = (x - high) factor - (low factor - beta)
+
+    The last sign is minus because MXNet's executors cannot add to the matrix of a Conv3D's output.
     """
     factor = gamma * inverse_std(F, batch.variance, epsilon)
-    return batch.centred * view.broadcast(factor) + view.broadcast(beta - batch.low * factor)
+    return batch.centred * view.broadcast(factor) - view.broadcast(batch.low * factor - beta)
 
 
 def batch_norm(

@@ -3,12 +3,14 @@
 Two doors lead into a trace, and importing this module wraps both: ``HybridBlock._get_graph``, for
 a block that is given arrays, and ``Block.__call__``, for one that is called on symbols. A third
 wrapper, of ``HybridBlock._build_cache``, tells the trace of a graph that will be executed from the
-trace of one that a block remembers for ``export``, ``save`` and shape inference.
+trace of one that a block remembers for ``export``, ``save`` and shape inference, and lets those who
+asked with :func:`when_built` put something else in the place of what runs the graph.
 """
 
 from __future__ import annotations
 
 import functools
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,13 +42,20 @@ class Trace:
     """A graph being built.
 
     `arrays` are what the block was called with, by the names of their symbols; `writes` holds the
-    latest write to each variable. `purpose` is 'execute', 'remember', or 'symbols' where a block
-    is called on symbols and nobody knows what for.
+    latest write to each variable; `names` are those that nodes have. `purpose` is 'execute',
+    'remember', or 'symbols' where a block is called on symbols and nobody knows what for.
     """
 
     purpose: str = "symbols"
     arrays: dict[str, Array] = field(default_factory=dict)
     writes: dict[Any, Write] = field(default_factory=dict)
+    names: set[str] = field(default_factory=set)
+
+
+# Given a CachedOp, its graph, which inputs are data, and its flags; returns what is to run.
+Built = Callable[[Any, Array, list[bool], list[tuple[str, Any]]], Any]
+
+_when_built: list[Built] = []
 
 
 class _Here(threading.local):
@@ -118,6 +127,15 @@ def _by_name(args: tuple[Any, ...]) -> dict[str, Array]:
     return {name: a for name, a in zip(names, given) if isinstance(a, mx.nd.NDArray)}
 
 
+def _names_in(values: Any) -> set[str]:
+    """Return the names of the nodes that lead to the symbols in nested lists."""
+    if is_symbol(values):
+        outputs = values.get_internals().list_outputs()
+        return {re.sub(r"_output\d*$", "", output) for output in outputs}
+    nested = values if isinstance(values, (list, tuple)) else ()
+    return set().union(*map(_names_in, nested))
+
+
 def _called_on_arrays(get_graph: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(get_graph)
     def traced(block: HybridBlock, *args: Any) -> Any:
@@ -134,7 +152,7 @@ def _called_on_symbols(call: Callable[..., Any]) -> Callable[..., Any]:
     def traced(block: Block, *args: Any) -> Any:
         if _here.trace is not None or (args and isinstance(args[0], mx.nd.NDArray)):
             return call(block, *args)
-        with _opened(Trace()):
+        with _opened(Trace(names=_names_in(args))):
             return call(block, *args)
 
     return traced
@@ -146,7 +164,8 @@ def _built_to_execute(build_cache: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(build_cache)
     def build(block: HybridBlock, *args: Any) -> None:
         if isinstance(block, SymbolBlock):  # it has a graph and nothing to trace
-            return build_cache(block, *args)
+            build_cache(block, *args)
+            return _tell_built(block)
         remembered, block._cached_graph = block._cached_graph, ()
         try:
             with executing():
@@ -154,11 +173,27 @@ def _built_to_execute(build_cache: Callable[..., None]) -> Callable[..., None]:
         except BaseException:
             block._cached_graph = remembered
             raise
+        _tell_built(block)
         if _COMPILED in block._cached_graph[1].tojson() and not block._backend:
             block._cached_graph = remembered
             block._get_graph(*args)
 
     return build
+
+
+def when_built(built: Built) -> None:
+    """Have a function called with whatever runs a block, once it is built."""
+    _when_built.append(built)
+
+
+def _tell_built(block: HybridBlock) -> None:
+    if block._backend:  # the graph is another's
+        return
+    is_data = [data for data, _ in block._cached_op_args]
+    for built in _when_built:
+        block._cached_op = built(
+            block._cached_op, block._cached_graph[1], is_data, list(block._flags)
+        )
 
 
 HybridBlock._get_graph = _called_on_arrays(HybridBlock._get_graph)

@@ -14,13 +14,23 @@ from contextlib import contextmanager
 from typing import Any
 
 from .._graph.arrays import Array
-from .way import Layer, State
+from .way import Layer, State, named
 
 KEY = "__batch_norm__"
+PARAMETERS = ("gamma", "beta", "running_mean", "running_var")
+
+_KINDS: dict[str, Any] = {
+    "axis": int,
+    "epsilon": (int, float),
+    "fix_gamma": bool,
+    "center": bool,
+    **dict.fromkeys(PARAMETERS, str),
+}
 
 _here = threading.local()
 
 
+@named
 def marker(layer: Layer, F: Any, x: Array, state: State) -> Array:
     """Return `x` through a node that describes the layer."""
     return layer.activate(F, F.identity(x, attr=attributes(layer)))
@@ -65,3 +75,15 @@ def describe(layer: Layer) -> dict[str, Any] | None:
         "running_mean": layer.running_mean.name,
         "running_var": layer.running_var.name,
     }
+
+
+def read_description(node: str, text: str) -> dict[str, Any]:
+    """Return what the attribute of a node says about its layer; ValueError if it is damaged."""
+    try:
+        description = json.loads(text)
+        damaged = [key for key, kind in _KINDS.items() if not isinstance(description[key], kind)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"attribute {KEY} of node {node!r} is damaged: {text}") from error
+    if damaged:
+        raise ValueError(f"{damaged[0]} in {KEY} of node {node!r} is damaged: {text}")
+    return dict(description)

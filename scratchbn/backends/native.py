@@ -10,11 +10,12 @@ from mxnet import autograd
 from .._graph.arrays import Array, is_symbol
 from .._graph.state import alike, depend, remember, written
 from ..native import batch_norm
-from .way import Layer, State, in_float32
+from .way import Layer, State, in_float32, named
 
 _serial = itertools.count()
 
 
+@named
 @in_float32
 def native(layer: Layer, F: Any, x: Array, state: State) -> Array:
     """Normalize a batch by one operator, in training and in inference."""

@@ -10,9 +10,10 @@ from .._graph.mode import Mode, mode_now
 from .._graph.state import depend, read, write
 from .._graph.view import ChannelView
 from .marker import attributes
-from .way import Layer, State, in_float32
+from .way import Layer, State, in_float32, named
 
 
+@named
 @in_float32
 def portable(layer: Layer, F: Any, x: Array, state: State) -> Array:
     """Normalize a batch: Algorithm 1 of the paper in training, Algorithm 2 in inference."""

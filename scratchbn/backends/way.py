@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any, Callable, NamedTuple, Protocol
 
-from .._graph.arrays import Array, to_classic
+from .._graph.arrays import Array, is_symbol, to_classic
+from .._graph.names import DistinctNames
 from .._graph.trace import is_float16
 from .._options import Options
 
@@ -79,5 +80,20 @@ def in_float32(way: Way) -> Way:
         if not is_float16(x, layer.data_dtype):
             return way(layer, F, x, state)
         return F.cast(way(layer, F, F.cast(x, dtype="float32"), state), dtype="float16")
+
+    return computed
+
+
+def named(way: Way) -> Way:
+    """In a graph, call the last node of a layer ``<layer>_fwd``, as Gluon's own layers do."""
+
+    @functools.wraps(way)
+    def computed(layer: Layer, F: Any, x: Array, state: State) -> Array:
+        if not is_symbol(x):
+            return way(layer, F, x, state)
+        with DistinctNames() as names:
+            y = way(layer, F, x, state)
+            names.name_last(y, "fwd")
+        return y
 
     return computed

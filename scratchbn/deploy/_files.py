@@ -11,6 +11,7 @@ from typing import Any
 
 import mxnet as mx
 
+from .._graph.nodes import plain_numbers
 from .._text import first_line
 from .._writing import PathLike, write_files
 
@@ -18,13 +19,17 @@ from .._writing import PathLike, write_files
 def load_symbol(symbol: Any) -> Any:
     """Return a Symbol, read from a file if `symbol` is a path."""
     if isinstance(symbol, mx.sym.Symbol):
-        return symbol.as_nd_ndarray()
+        text = symbol.tojson(remove_amp_cast=False)
+        plain = _modern(json.loads(text))
+        return symbol.as_nd_ndarray() if plain is None else mx.sym.load_json(plain)
     if not isinstance(symbol, (str, os.PathLike)):
         raise TypeError(f"symbol must be a Symbol or a path, got {type(symbol).__name__}")
     try:
         text = Path(symbol).read_text(encoding="utf-8")
-        nodes = [(node["op"], node["name"]) for node in json.loads(text)["nodes"]]
-    except (ValueError, KeyError, TypeError) as error:
+        document = json.loads(text)
+        text = _modern(document) or text
+        nodes = [(node["op"], node["name"]) for node in document["nodes"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{os.fspath(symbol)!r} is not an MXNet symbol file") from error
     known = {"null", *mx.operator.get_all_registered_operators()}
     for op, name in nodes:
@@ -40,6 +45,24 @@ def load_symbol(symbol: Any) -> Any:
             f"{os.fspath(symbol)!r} is not a symbol that MXNet {mx.__version__} can load: "
             f"{first_line(error)}"
         ) from error
+
+
+def _modern(document: dict[str, Any]) -> str | None:
+    """Rewrite in a symbol's JSON what MXNet no longer reads; None if there is nothing.
+
+    MXNet upgrades files of its former versions itself, but knows neither Python 2's longs nor the
+    operator that cuDNN's batch normalization once was.
+    """
+    changed = False
+    for node in document["nodes"]:
+        if node["op"] == "CuDNNBatchNorm":
+            node["op"], changed = "BatchNorm", True
+        for key in ("param", "attr", "attrs"):  # of 0.x, and of 1.x
+            attrs = node.get(key)
+            if attrs:
+                node[key] = plain_numbers(attrs)
+                changed = changed or node[key] != attrs
+    return json.dumps(document) if changed else None
 
 
 def load_params(params: Any) -> dict[str, Any]:
@@ -61,6 +84,8 @@ def load_params(params: Any) -> dict[str, Any]:
         raise ValueError(
             f"{os.fspath(params)!r} is not an MXNet parameter file: {first_line(error)}"
         ) from error
+    if not loaded:  # a net without parameters
+        return {}
     if not isinstance(loaded, dict):
         raise ValueError(f"{os.fspath(params)!r} has {len(loaded)} arrays without names")
     return {name: value.as_nd_ndarray() for name, value in loaded.items()}
@@ -72,7 +97,7 @@ def write_model(prefix: PathLike, symbol: Any, values: Mapping[str, Any], epoch:
     write_files(
         {
             Path(f"{os.fspath(prefix)}-symbol.json"): lambda file: file.write_text(
-                symbol.tojson(), encoding="utf-8"
+                symbol.tojson(remove_amp_cast=False), encoding="utf-8"
             ),
             Path(f"{os.fspath(prefix)}-{epoch:04d}.params"): lambda file: mx.nd.save(
                 str(file), named

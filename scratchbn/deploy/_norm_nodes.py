@@ -6,36 +6,30 @@ in the attribute ``MARKER``: its options, and its parameters' names by role.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from itertools import count
 from typing import Any
 
-from ..backends.marker import KEY as MARKER
-from ._ir import Graph, Node
+import numpy as np
 
-PARAMETERS = ("gamma", "beta", "running_mean", "running_var")
+from .._graph.nodes import Graph, Node
+from .._net import BATCH_NORM_OPERATORS
+from ..backends.marker import KEY as MARKER
+from ..backends.marker import PARAMETERS as PARAMETERS
+from ..backends.marker import read_description
+
 CUDNN_LEAST_EPSILON = 1e-5
 
-_KINDS: dict[str, Any] = {
-    "axis": int,
-    "epsilon": (int, float),
-    "fix_gamma": bool,
-    "center": bool,
-    **dict.fromkeys(PARAMETERS, str),
-}
+# What MXNet computes with where a file does not state eps: a float in C.
+_EPSILON = float(np.float32(1e-3))
+_SINGLE_PRECISION = {"BatchNorm_v1", "_contrib_SyncBatchNorm"}  # their eps is a float, stated too
+_QUANTIZED = "_contrib_quantized_batch_norm"
 
 
 def description_of(node: Node) -> dict[str, Any]:
     """Return what a node with a ``MARKER`` says about its layer."""
-    text = node.attrs[MARKER]
-    try:
-        description = json.loads(text)
-        damaged = [key for key, kind in _KINDS.items() if not isinstance(description[key], kind)]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"attribute {MARKER} of node {node.name!r} is damaged: {text}") from error
-    if damaged:
-        raise ValueError(f"{damaged[0]} in {MARKER} of node {node.name!r} is damaged: {text}")
-    return dict(description)
+    return read_description(node.name, node.attrs[MARKER])
 
 
 def descriptions(graph: Graph) -> list[dict[str, Any]]:
@@ -49,6 +43,19 @@ def layer_name(running_mean: str, default: str) -> str:
         if running_mean.endswith(ending):
             return running_mean.removesuffix(ending)
     return default
+
+
+def name_norm(node: Node, graph: Graph, running_mean: str) -> None:
+    """Name a norm after its layer if its name is one that MXNet counted, as in older files.
+
+    Where a relu or a cast follows, that one has the layer's name, and the norm's says nothing.
+    """
+    layer = layer_name(running_mean, "")
+    if not layer or not re.fullmatch(rf"{re.escape(layer)}_(reshape_like|identity)\d+", node.name):
+        return
+    taken = {other.name for other in graph.nodes()}
+    names = (f"{layer}_{end}{n or ''}" for n in count() for end in ("fwd", "norm"))
+    node.name = next(name for name in names if name not in taken)
 
 
 def check_parameters(node: Node, names: Mapping[str, str], values: Mapping[str, Any]) -> None:
@@ -72,3 +79,19 @@ def obstacle(node: Node, has_more: bool) -> str | None:
         return "its statistics are outputs too"
     computed = [source.node.name for source in node.inputs[1:] if not source.node.is_variable]
     return f"{computed[0]} is computed in the graph" if computed else None
+
+
+def epsilon_of(node: Node) -> float:
+    """Return the epsilon that one of MXNet's norms computes with."""
+    epsilon = node.number("eps", _EPSILON)
+    return float(np.float32(epsilon)) if node.op in _SINGLE_PRECISION else epsilon
+
+
+def out_of_reach(node: Node, *operators: str) -> Iterator[tuple[str, str]]:
+    """Yield norms, and other operators, that a node hides; each with the reason it is left."""
+    if node.op == _QUANTIZED:
+        yield node.op, "it is computed in int8"
+    fused = node.op.startswith("_sg_")
+    for op in sorted({*BATCH_NORM_OPERATORS, *operators}):
+        if node.holds(op):
+            yield op, "oneDNN has fused it" if fused else "it is inside a loop"

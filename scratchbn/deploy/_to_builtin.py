@@ -7,15 +7,16 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
+from .._graph.nodes import Graph, Output
 from ..backends.marker import KEY as MARKER
 from ..convert import ConversionReport, Entry
-from ._ir import Graph, Output
 from ._norm_nodes import (
     CUDNN_LEAST_EPSILON,
     PARAMETERS,
     check_parameters,
     description_of,
     layer_name,
+    name_norm,
 )
 from ._training_graph import ends_layer, running_means, undescribed
 
@@ -61,7 +62,8 @@ def to_builtin(graph: Graph, values: Mapping[str, Any]) -> ConversionReport:
             node.inputs[1],
             *(Output(variables[name], 0, written.get(role, 0)) for role, name in names.items()),
         ]
-        node.op, node.name, node.attrs = "BatchNorm", f"{layer}_fwd", _attributes(description)
+        name_norm(node, graph, running_mean)
+        node.op, node.attrs = "BatchNorm", _attributes(description)
     skipped += [
         Entry(layer, layer, "variant", "the graph has no description of the layer")
         for layer in undescribed(means, described)

@@ -12,17 +12,29 @@ import numpy as np
 from mxnet import autograd
 from mxnet.gluon import Block
 
+from .._graph.nodes import Graph, Node, Output
 from .._net import BATCH_NORM_OPERATORS
-from .._text import first_line
 from ..backends.marker import KEY as MARKER
 from ..convert import ConversionReport, Entry
 from ..layer import ScratchBatchNorm, ScratchBatchNormReLU
-from ._ir import Graph, Node, Output
-from ._norm_nodes import PARAMETERS, check_parameters, layer_name, obstacle, with_more_outputs
+from ._inference import infer_types
+from ._norm_nodes import (
+    PARAMETERS,
+    check_parameters,
+    epsilon_of,
+    layer_name,
+    obstacle,
+    out_of_reach,
+    with_more_outputs,
+)
 
-_LAYERS = {"BatchNorm": ScratchBatchNorm, "_contrib_BatchNormWithReLU": ScratchBatchNormReLU}
-# What BatchNorm computes where a file does not state an option.
-_DEFAULTS = {"axis": "1", "eps": "0.001", "momentum": "0.9"}
+_LAYERS = {
+    "BatchNorm": ScratchBatchNorm,
+    "BatchNorm_v1": ScratchBatchNorm,
+    "_contrib_BatchNormWithReLU": ScratchBatchNormReLU,
+    "_contrib_SyncBatchNorm": ScratchBatchNorm,
+}
+_SYNC = "it normalized over all devices, each device now has statistics of its own"
 
 
 @dataclass(frozen=True)
@@ -48,9 +60,9 @@ class _Calls(Block):
 def to_scratch(graph: Graph, values: Mapping[str, Any]) -> ConversionReport:
     """Put a training graph in the place of each ``BatchNorm`` node that can be our layer."""
     order, more = graph.nodes(), with_more_outputs(graph)
-    operators = sorted(BATCH_NORM_OPERATORS)
-    inside = [(node, op) for node in order for op in operators if node.holds(op)]
-    skipped = [(node, f"{op} is inside a loop") for node, op in inside]
+    skipped = [
+        (node, reason.replace("it", op, 1)) for node in order for op, reason in out_of_reach(node)
+    ]
     nodes = []
     for node in order:
         if node.op in BATCH_NORM_OPERATORS:
@@ -75,20 +87,19 @@ def to_scratch(graph: Graph, values: Mapping[str, Any]) -> ConversionReport:
         else:
             shared = f"it shares its running statistics with {layer.prefix}"
             skipped.append((node, f"{shared}, and differs otherwise"))
-    converted = [
-        Entry(c.layer.prefix.rstrip("_"), c.node.name, c.node.op, f"now {type(c.layer).__name__}")
-        for c in calls
-    ]
+    converted = [_entry(call, f"now {type(call.layer).__name__}") for call in calls]
+    notes = [_entry(call, _SYNC) for call in calls if call.node.op == "_contrib_SyncBatchNorm"]
     _graft(graph, calls)
-    return ConversionReport(
-        tuple(converted), tuple(Entry(n.name, n.name, n.op, reason) for n, reason in skipped)
-    )
+    left = [Entry(node.name, node.name, node.op, reason) for node, reason in skipped]
+    return ConversionReport(tuple(converted), tuple(left), tuple(notes))
+
+
+def _entry(call: _Call, text: str) -> Entry:
+    return Entry(call.layer.prefix.rstrip("_"), call.node.name, call.node.op, text)
 
 
 def _why_not(node: Node, has_more: bool) -> str | None:
     """Say why a norm cannot become our layer; `has_more` if its other outputs are used."""
-    if node.op == "_contrib_SyncBatchNorm":
-        return "it normalizes over all devices"
     if node.op not in _LAYERS:
         return f"{node.op} is not BatchNorm"
     return obstacle(node, has_more)
@@ -98,25 +109,17 @@ def _dtypes(graph: Graph, nodes: list[Node], values: Mapping[str, Any]) -> list[
     """Return the dtype of each norm's input, as far as the parameters tell it."""
     if not nodes:
         return []
-    part = Graph(graph.symbol([node.inputs[0] for node in nodes]))
-    # Dropout refuses an input of unknown dtype, and has the dtype of its input.
-    part.replace({Output(n): n.inputs[0] for n in part.nodes() if n.op == "Dropout"})
-    symbol = part.symbol()
-    known = {name: values[name].dtype for name in symbol.list_inputs() if name in values}
-    try:
-        _, found, _ = symbol.infer_type_partial(**known)
-    except mx.MXNetError as error:
-        raise ValueError(f"the parameters do not match the symbol: {first_line(error)}") from error
+    part = graph.symbol([node.inputs[0] for node in nodes])
+    _, found = infer_types(part, values, {})
     own = [getattr(values.get(n.inputs[1].node.name), "dtype", np.float32) for n in nodes]
-    return [np.dtype(dtype or given) for dtype, given in zip(found or [None] * len(nodes), own)]
+    return [dtype or np.dtype(given) for dtype, given in zip(found, own)]
 
 
 def _options(node: Node) -> dict[str, Any]:
-    stated = {**_DEFAULTS, **node.attrs}
     return {
-        "axis": int(stated["axis"]),
-        "momentum": float(stated["momentum"]),
-        "epsilon": float(stated["eps"]),
+        "axis": node.integer("axis", 1),
+        "momentum": node.number("momentum", 0.9),
+        "epsilon": epsilon_of(node),
         "scale": not node.flag("fix_gamma", True),
         "use_global_stats": node.flag("use_global_stats", False),
     }
@@ -164,6 +167,7 @@ def _graft(graph: Graph, calls: list[_Call]) -> None:
         node.inputs = [connected(source) for source in node.inputs]
     for call, head in zip(calls, traced.heads):
         node = head.node
+        node.name = call.node.name
         while MARKER not in node.attrs:  # a relu, a cast
             node = node.inputs[0].node
         description = {**json.loads(node.attrs[MARKER]), **call.names}

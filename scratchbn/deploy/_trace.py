@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import mxnet as mx
@@ -10,10 +11,10 @@ from mxnet import autograd
 from mxnet.gluon import Block
 from mxnet.gluon.parameter import DeferredInitializationError
 
+from .._graph.nodes import Graph
 from .._net import averaged, blocks_of, flatten, regroup, without_hooks
 from .._text import first_line
 from ..backends.marker import inference_markers
-from ._ir import Graph
 from ._lower import lower
 from ._norm_nodes import PARAMETERS, descriptions
 from ._report import FoldReport
@@ -25,19 +26,21 @@ def lowered(
     """Trace and lower a net; returns symbol, values, inputs by name, and the report."""
     if not isinstance(net, Block):
         raise TypeError(f"net must be a gluon Block, got {type(net).__name__}")
-    symbol, inputs = _trace(net, example_inputs)
-    graph = Graph(symbol)
+    symbol, inputs = traced(net, example_inputs, inference_markers())
+    graph = Graph(symbol, amp_casts=False)  # as ``net.export`` writes it
     names = dict.fromkeys(graph.variables())
     names |= {about[role]: None for about in descriptions(graph) for role in PARAMETERS}
-    values = _values(net, [name for name in names if name not in inputs])
+    values = values_of(net, [name for name in names if name not in inputs])
     shapes = {name: array.shape for name, array in inputs.items()}
     dtypes = {name: array.dtype for name, array in inputs.items()}
     symbol, values, report = lower(graph, values, shapes, dtypes, folding=folding, style=style)
     return symbol, values, inputs, report
 
 
-def _trace(net: Block, example_inputs: tuple[Any, ...]) -> tuple[Any, dict[str, Any]]:
-    """Return the net's inference graph with a marker per norm, and its inputs by name."""
+def traced(
+    net: Block, example_inputs: tuple[Any, ...], layers: AbstractContextManager[None]
+) -> tuple[Any, dict[str, Any]]:
+    """Return the net's graph and its inputs by name; `layers` is how its norms are to compute."""
     if not example_inputs:
         raise ValueError("example_inputs must have the inputs the net takes, got none")
     try:
@@ -55,7 +58,7 @@ def _trace(net: Block, example_inputs: tuple[Any, ...]) -> tuple[Any, dict[str, 
     # Names count from 0, so that they do not depend on what was traced before. Hooks are written
     # for arrays and cannot handle symbols.
     hooks_off = without_hooks(blocks_of(net))
-    with autograd.pause(), hooks_off, mx.name.NameManager(), inference_markers():
+    with autograd.pause(), hooks_off, mx.name.NameManager(), layers:
         try:
             outputs, _ = flatten(net(*arguments))
         except Exception as error:  # user code, run on symbols
@@ -71,7 +74,7 @@ def _variable_like(array: Any, name: str) -> Any:
     return variable.as_np_ndarray() if isinstance(array, mx.np.ndarray) else variable
 
 
-def _values(net: Block, names: Iterable[str]) -> dict[str, Any]:
+def values_of(net: Block, names: Iterable[str]) -> dict[str, Any]:
     """Return parameters as CPU arrays, averaged over devices as ``net.export`` does."""
     mx.nd.waitall()  # running statistics of a net with static_shape are not waited for otherwise
     parameters = {parameter.name: parameter for parameter in net.collect_params().values()}

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from .._graph.nodes import Graph, Node, Output
 from ..backends.marker import KEY as MARKER
-from ._ir import Graph, Node, Output
 
 
 def ends_layer(node: Node) -> bool:

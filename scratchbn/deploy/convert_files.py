@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from .._checks import check_choice
+from .._graph.nodes import Graph
 from ..convert import ConversionReport
 from ._files import load_params, load_symbol, plain_name
-from ._ir import Graph
 from ._to_builtin import to_builtin
 from ._to_scratch import to_scratch
 
@@ -27,8 +27,9 @@ def convert_files(
 
     To ``'builtin'``, the training graph of each :class:`~scratchbn.ScratchBatchNorm`, as
     ``net.export`` writes it, becomes MXNet's ``BatchNorm`` node, for programs that expect that
-    operator. To ``'scratch'``, each ``BatchNorm`` node becomes our training graph. Training goes
-    on from either; the names and values of the parameters stay.
+    operator. To ``'scratch'``, each ``BatchNorm`` node becomes our training graph, as do
+    ``BatchNorm_v1`` and ``SyncBatchNorm``, whose statistics are those of one device from then on.
+    Training goes on from either; the names and values of the parameters stay.
 
     Parameters
     ----------
@@ -45,9 +46,9 @@ def convert_files(
     params : dict of str to NDArray
         As given.
     report : ConversionReport
-        What was converted; what was kept, and why (in a loop, ``SyncBatchNorm``, a layer that the
-        graph does not describe); what is to be minded. An entry has the layer's name in `path`,
-        its node's in `name`.
+        What was converted; what was kept, and why (in a loop, in int8, fused by oneDNN, a layer
+        that the graph does not describe); what is to be minded. An entry has the layer's name in
+        `path`, its node's in `name`.
 
     Raises
     ------

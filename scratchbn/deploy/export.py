@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .._checks import check_choice, check_integer
+from .._graph.nodes import Graph
 from .._writing import PathLike, check_directory
 from ._files import load_params, load_symbol, named_for_file, plain_name, stated_shapes, write_model
-from ._ir import Graph
 from ._lower import STYLES, lower
 from ._report import FoldReport
 from ._trace import lowered
@@ -31,9 +31,10 @@ def export_inference(
 
     No batch statistics, no Dropout and no update is left in it. Each batch normalization, ours or
     MXNet's, is folded into the weights of the Convolution, Deconvolution or dense layer before it
-    where that is exact, or into the norm before it; the others become one multiplication and
-    addition per channel. The constants are computed in float64 and rounded once. The net itself
-    stays as it is, and the same net gives the same bytes.
+    where that is exact, past a concatenation, a reshape and arithmetic with scalars too, or into
+    the norm before it, else into the dense layers and convolutions without padding that follow;
+    the others become one multiplication and addition per channel. The constants are computed in
+    float64 and rounded once. The net itself stays as it is, and the same net gives the same bytes.
 
     Parameters
     ----------

@@ -35,12 +35,14 @@ class _Kernel:
         self.lock = threading.RLock()
 
     def load(self, path: Path) -> None:
+        """Load a library, once: twice would replace the operator in use."""
         import mxnet as mx
 
+        from ._operator import NAME, register
+
         try:
-            # Twice would replace it in use.
-            if not hasattr(mx.nd._internal, "_scratchbn_batch_norm"):
-                mx.library.load(str(path), verbose=False)
+            if not hasattr(mx.nd._internal, NAME):
+                register(path)
         except mx.MXNetError as error:
             raise BackendError(f"MXNet could not load {path}: {error}") from error
         self.loaded, self.problem = True, None

@@ -1,8 +1,35 @@
-"""Composing the operator: on arrays, and in graphs, where others must infer shapes for it."""
+"""The operator in MXNet: how it gets there, and how it is composed, on arrays and in graphs."""
 
 from __future__ import annotations
 
+import ctypes
+from pathlib import Path
 from typing import Any
+
+NAME = "_scratchbn_batch_norm"
+
+
+def register(path: Path) -> None:
+    """Load the library into MXNet, and add its operator to where such operators are.
+
+    ``mx.library.load`` makes the functions of all operators anew, and drops what anyone has put in
+    their place: after it ``amp.init`` is without effect.
+    """
+    import mxnet as mx
+    from mxnet.base import _LIB, OpHandle, c_str, check_call
+    from mxnet.ndarray.register import _make_ndarray_function
+    from mxnet.symbol.register import _make_symbol_function
+
+    check_call(_LIB.MXLoadLib(c_str(str(path)), ctypes.c_uint(0)))
+    handle = OpHandle()
+    check_call(_LIB.NNGetOpHandle(c_str(NAME), ctypes.byref(handle)))
+    for module, make in (
+        (mx.nd._internal, _make_ndarray_function),
+        (mx.sym._internal, _make_symbol_function),
+    ):
+        function = make(handle, NAME, NAME)
+        function.__module__ = module.__name__
+        setattr(module, NAME, function)
 
 
 def batch_norm(

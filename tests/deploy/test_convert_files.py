@@ -6,6 +6,7 @@ from scratchbn import ScratchBatchNorm, ScratchBatchNormReLU, cli, convert_files
 from scratchbn.backends.marker import KEY as MARKER
 from scratchbn.deploy import fold
 from scratchbn.deploy._files import plain_name, write_model
+from scratchbn.deploy.check import compare_outputs, run_symbol
 
 import helpers
 import mxnet as mx
@@ -230,11 +231,11 @@ def test_names_of_the_symbol_api_are_kept(rng):
     ]
     assert described["running_mean"] == "bn_moving_mean"
     assert described["fix_gamma"] is True
-    assert described["epsilon"] == 0.001  # the operator's default
+    assert described["epsilon"] == float(np.float32(0.001))  # the operator's default
     # Folding reads the description; training writes the statistics.
     folded = fold(ours, params, shapes={"data": (2, 3)})[0]
     assert "sgd_mom_update" not in operators(folded)
-    assert folded.list_outputs() == ["bn_fwd_output"]
+    assert folded.list_outputs() == ["bn_output"]
     back = convert_files(ours, params, to="builtin")[0]
     assert operators(back) == ["BatchNorm"]
     assert back.list_inputs() == symbol.list_inputs()
@@ -328,16 +329,14 @@ def test_nodes_that_are_kept(rng):
     data = mx.sym.var("data")
     gamma = mx.sym.var("computed_gamma") * 2
     kept = [
-        mx.sym.contrib.SyncBatchNorm(data, key="k", name="sync"),
         mx.sym.BatchNorm(data, gamma, name="computed"),
         mx.sym.BatchNorm(data, output_mean_var=True, name="outputs"),
     ]
     symbol = mx.sym.Group([*kept, mx.sym.BatchNorm(data, name="bn")])
-    params = norms(rng, "sync", "computed", "outputs", "bn")
+    params = norms(rng, "computed", "outputs", "bn")
     converted, _, report = convert_files(symbol, params, to="scratch")
     assert [entry.path for entry in report.converted] == ["bn"]
     assert {entry.name: entry.text.partition(" ")[2] for entry in report.skipped} == {
-        "sync": "normalizes over all devices",
         "computed": "is computed in the graph",
         "outputs": "statistics are outputs too",
     }
@@ -427,3 +426,27 @@ def test_command_with_bad_input(rng, tmp_path, capsys):
     assert not list(tmp_path.glob("out*"))
     assert cli.main([*arguments, "--shape", "date=1,2"]) == 1
     assert "--shape must name an input of the symbol, got 'date'" in capsys.readouterr().err
+
+
+def test_heads_keep_their_names_there_and_back_and_folded():
+    data = mx.sym.var("data")
+    dense = mx.sym.FullyConnected(data, num_hidden=3, name="pre")
+    norm = mx.sym.BatchNorm(dense, name="fc1", fix_gamma=False)
+    relu = mx.sym.contrib.BatchNormWithReLU(dense, name="fc2", fix_gamma=False)
+    again = mx.sym.BatchNorm(mx.sym.FullyConnected(norm, num_hidden=2, name="last"), name="fc3")
+    dropped = mx.sym.Dropout(again, name="fc4")
+    symbol = mx.sym.Group([norm, relu, dropped, mx.sym.BlockGrad(norm, name="copy")])
+    shapes, _, more = symbol.infer_shape(data=(2, 4))
+    named = [*zip(symbol.list_arguments(), shapes), *zip(symbol.list_auxiliary_states(), more)]
+    params = {name: mx.nd.ones(shape) for name, shape in named if name != "data"}
+    outputs = ["fc1_output", "fc2_output", "fc4_output", "copy_output"]
+    there = convert_files(symbol, params, to="scratch")[0]
+    back = convert_files(there, params, to="builtin")[0]
+    for graph in (there, back, fold(symbol, params)[0], fold(there, params)[0]):
+        assert graph.list_outputs() == outputs
+        internals = graph.get_internals().list_outputs()
+        assert all(internals.count(name) == 1 for name in outputs)
+    x = {"data": mx.nd.random.normal(shape=(2, 4))}
+    for folded in (fold(symbol, params)[:2], fold(there, params)[:2]):
+        difference, size = compare_outputs(run_symbol(*folded, x), run_symbol(there, params, x))
+        assert difference < 1e-5 * size

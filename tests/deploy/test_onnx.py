@@ -11,6 +11,7 @@ import mxnet as mx
 import numpy as np
 import pytest
 from mxnet.gluon import HybridBlock, nn
+from mxnet.gluon.nn import HybridLambda
 
 from models.lenet import initialize, lenet
 
@@ -94,6 +95,8 @@ def test_norms_of_any_rank_and_axis(shape, axis, dtype, rng, tmp_path):
 @pytest.mark.parametrize(
     "layer, shape",
     [
+        (lambda: nn.Conv1D(4, 2, strides=2, padding=1), (2, 3, 7)),
+        (lambda: nn.Conv1DTranspose(4, 3, strides=2), (2, 3, 7)),
         (lambda: nn.Conv3D(4, 2), (2, 3, 4, 4, 4)),
         (lambda: nn.Conv2DTranspose(4, 3, strides=2, use_bias=False), (2, 3, 5, 5)),
         (lambda: nn.Conv2D(6, 3, groups=3), (2, 3, 5, 5)),
@@ -101,7 +104,9 @@ def test_norms_of_any_rank_and_axis(shape, axis, dtype, rng, tmp_path):
     ],
 )
 def test_folded_layers(layer, shape, rng, tmp_path):
-    net = sequential(layer(), ScratchBatchNorm(axis=-1 if len(shape) == 3 else 1))
+    producer = layer()
+    axis = -1 if isinstance(producer, nn.Dense) else 1
+    net = sequential(producer, ScratchBatchNorm(axis=axis))
     (x,) = ready(net, rng, shape)
     assert len(export_onnx(net, tmp_path / "net.onnx", x).folded) == 1
     assert difference(net(x), infer(session(tmp_path / "net.onnx"), x)[0]) < CLOSE
@@ -142,13 +147,19 @@ def test_inputs_and_outputs_keep_their_order(rng, tmp_path):
         assert difference(y, z) < CLOSE
 
 
+def always_dropped(F, x):
+    return F.Dropout(x, mode="always", name="dropped")
+
+
 def test_the_node_that_cannot_be_translated_is_named(rng, tmp_path):
     net = nn.HybridSequential(prefix="net_")
     with net.name_scope():
-        net.add(nn.Conv1D(4, 3), ScratchBatchNorm())
+        net.add(nn.Conv1D(4, 3), ScratchBatchNorm(), HybridLambda(always_dropped))
     (x,) = ready(net, rng, (2, 3, 6))
     (tmp_path / "net.onnx").write_text("precious")
-    with pytest.raises(ValueError, match=r"node 'net_conv0_fwd' \(Convolution\) cannot be trans"):
+    with pytest.raises(
+        ValueError, match=r"node '\S*dropped' \(Dropout\) cannot be trans.*at random"
+    ):
         export_onnx(net, tmp_path / "net.onnx", x)
 
     class Unusual(HybridBlock):

@@ -20,6 +20,8 @@ COMMANDS = {
     "fold": "fold the batch normalizations of an exported model into the layers before them",
     "convert": "exchange ScratchBatchNorm and MXNet's BatchNorm in an exported model",
     "launch": "run a command as a job of MXNet's parameter server on this machine",
+    "infer-symbol": "write a symbol for inference beside an exported one, for the same parameter "
+    "file",
 }
 ROOT = Path(__file__).resolve().parents[2]
 

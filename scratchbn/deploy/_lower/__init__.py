@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .._ir import Graph, Node, Output
+from ..._graph.nodes import Graph, Node, Output
 from .._report import FoldReport
 from .emit import emit
 from .fold import fold
@@ -36,7 +36,7 @@ def lower(
 
     `shapes` and `dtypes` are those of the inputs, as far as they are known.
     """
-    lowering = Lowering(graph, dict(values))
+    lowering = Lowering(graph, dict(values), [head.node.name for head in graph.heads])
     simplify(lowering)
     norms = read(lowering)
     infer(lowering, norms, shapes, dtypes)
@@ -44,13 +44,26 @@ def lower(
     remaining = fold(lowering, norms) if folding else [(norm, "fold=False") for norm in norms]
     for norm, reason in remaining:
         emit(lowering, norm, reason, style)
+    _keep_names(lowering)
     needed = _finish(lowering)
     return graph.symbol(), needed, FoldReport(tuple(lowering.folded), tuple(lowering.kept))
+
+
+def _keep_names(lowering: Lowering) -> None:
+    """Give outputs their names back where the node of that name is gone: a Dropout, say."""
+    heads = lowering.graph.heads
+    for i, (head, name) in enumerate(zip(heads, lowering.outputs)):
+        if head.node.name != name:
+            heads[i] = Output(Node("_copy", name, {}, [head]))
 
 
 def _finish(lowering: Lowering) -> dict[str, Any]:
     """Make a graph that can run by itself; return the parameters that it needs."""
     graph = lowering.graph
+    for node in graph.nodes():
+        # MXNet fuses a convolution and a sum on a CPU, and fails if it is the sum of it and itself.
+        if node.op == "elemwise_add" and node.inputs[0] == node.inputs[1]:
+            node.op, node.attrs, node.inputs = "_mul_scalar", {"scalar": "2"}, node.inputs[:1]
     for i, head in enumerate(graph.heads):
         if head.node.is_variable:  # an executor has to have something to do
             graph.heads[i] = Output(Node("_copy", f"{head.node.name}_output", {}, [head]))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
 
-from .._ir import Node, Output
+from ..._graph.nodes import Node, Output
 from .._norm_nodes import CUDNN_LEAST_EPSILON
 from .._report import Outcome
 from .state import Lowering, Norm, rounded
@@ -31,7 +32,9 @@ def emit(lowering: Lowering, norm: Norm, reason: str, style: str) -> None:
         result = _as_arithmetic(lowering, norm, rank)
     lowering.kept.append(Outcome(node.name, result, reason))
     if norm.relu:
-        lowering.graph.replace({Output(node): norm.with_relu(Output(node))})
+        rectified = norm.with_relu(Output(node))
+        node.name = f"{node.name}_norm"
+        lowering.graph.replace({Output(node): rectified})
 
 
 def _as_batch_norm(lowering: Lowering, norm: Norm) -> str:
@@ -47,7 +50,7 @@ def _as_batch_norm(lowering: Lowering, norm: Norm) -> str:
 
 def _standing_in(norm: Norm) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     """Return attributes and parameters of a BatchNorm node that computes a norm."""
-    epsilon, name = CUDNN_LEAST_EPSILON, norm.node.name
+    epsilon, name = CUDNN_LEAST_EPSILON, _layer(norm.node)
     attrs = {"axis": str(norm.axis), "eps": repr(epsilon), "fix_gamma": "False"}
     return attrs, {
         f"{name}_gamma": norm.scale * np.sqrt(1 + epsilon),
@@ -69,8 +72,8 @@ def _as_convolution(lowering: Lowering, norm: Norm, rank: int) -> str:
     }
     node.inputs = [
         node.inputs[0],
-        _constant(lowering, node, f"{node.name}_weight", weight, norm.dtype),
-        _constant(lowering, node, f"{node.name}_bias", norm.shift, norm.dtype),
+        _constant(lowering, node, f"{_layer(node)}_weight", weight, norm.dtype),
+        _constant(lowering, node, f"{_layer(node)}_bias", norm.shift, norm.dtype),
     ]
     return "1x1 depthwise Convolution"
 
@@ -80,12 +83,17 @@ def _as_arithmetic(lowering: Lowering, norm: Norm, rank: int) -> str:
     shape = [1] * rank
     shape[norm.axis] = len(norm.scale)
     factor, term = (
-        _constant(lowering, node, f"{node.name}_{word}", value.reshape(shape), norm.dtype)
+        _constant(lowering, node, f"{_layer(node)}_{word}", value.reshape(shape), norm.dtype)
         for word, value in (("scale", norm.scale), ("shift", norm.shift))
     )
     scaled = Node("broadcast_mul", f"{node.name}_scaled", {}, [node.inputs[0], factor])
     node.op, node.attrs, node.inputs = "broadcast_add", {}, [Output(scaled), term]
     return "multiplication and addition"
+
+
+def _layer(node: Node) -> str:
+    """Return the name that all calls of a layer have in common, and so their constants."""
+    return re.sub(r"_fwd\d+$", "_fwd", node.name)
 
 
 def _constant(lowering: Lowering, node: Node, name: str, value: np.ndarray, dtype: Any) -> Output:

@@ -6,18 +6,22 @@ from collections.abc import Mapping
 from typing import Any
 
 import mxnet as mx
-import numpy as np
 
+from ..._graph.nodes import Graph, Node
 from ..._net import BATCH_NORM_OPERATORS
 from ..._text import first_line
-from .._ir import Graph, Node
+from .._inference import complete_shapes, infer_types, is_complete
 from .state import Lowering, Norm
 
-_SPATIAL = {"Convolution", "Deconvolution", "Pooling"}
+_SPATIAL = {
+    *("Convolution", "Deconvolution", "Pooling"),
+    *("_contrib_quantized_conv", "_contrib_quantized_pooling", "_sg_mkldnn_conv"),
+}
 # Operators whose output has the rank of their first input.
 _SAME_RANK = {
-    *("Activation", "BlockGrad", "Cast", "Concat", "LeakyReLU", "_copy", "amp_cast", "clip"),
-    *("relu", "sigmoid", "tanh"),
+    *("Activation", "BlockGrad", "Cast", "Concat", "Dropout", "LeakyReLU", "_copy", "amp_cast"),
+    *("clip", "relu", "sigmoid", "tanh"),
+    *(f"_contrib_{name}" for name in ("dequantize", "quantize_v2", "requantize")),
     *(f"_{name}_scalar" for name in ("div", "minus", "mul", "plus", "power", "rdiv", "rminus")),
     *(f"elemwise_{name}" for name in ("add", "div", "mul", "sub")),
     *(f"broadcast_{name}" for name in ("add", "div", "mul", "sub")),
@@ -33,26 +37,33 @@ def infer(
 ) -> None:
     """Find rank and dtype of each norm's input, and check that the parameters fit."""
     graph, values = lowering.graph, lowering.values
-    part = graph.symbol([*graph.heads, *(norm.node.inputs[0] for norm in norms)])
-    names = part.list_inputs()
-    dtypes = {name: value.dtype for name, value in values.items()} | dict(dtypes)
-    shapes = {name: value.shape for name, value in values.items()} | dict(shapes)
-    found = None
+    sources = [norm.node.inputs[0] for norm in norms]
+    part = graph.symbol([*graph.heads, *sources])
     try:
-        _, types, _ = part.infer_type_partial(**{n: dtypes[n] for n in names if n in dtypes})
-        if all(min(shapes.get(name, (0,)), default=1) > 0 for name in names):
-            _, found, _ = part.infer_shape_partial(**{n: shapes[n] for n in names})
-    except mx.MXNetError as error:
+        _, types = infer_types(part, values, dtypes)
+        found = _shapes(part, values, shapes)
+    except (mx.MXNetError, ValueError) as error:
         raise ValueError(
             "the parameters or the shapes of the inputs do not match the symbol: "
-            f"{first_line(error)}"
+            f"{first_line(error.__cause__ or error)}"
         ) from error
-    ranks = _ranks(graph) if found is None else {}
+    ranks = ranks_of(graph) if found is None else {}
     for i, norm in enumerate(norms, start=len(graph.heads)):
-        norm.dtype = np.dtype(types[i]) if types and types[i] else norm.dtype
+        norm.dtype = types[i] or norm.dtype
         shape = found[i] if found else None
         norm.rank = len(shape) if shape else ranks.get(norm.node.inputs[0].node)
         _check(norm, shape)
+
+
+def _shapes(
+    symbol: Any, values: Mapping[str, Any], given: Mapping[str, tuple[int, ...]]
+) -> list[tuple[int, ...]] | None:
+    """Return the shapes of a symbol's outputs; None if those of its inputs are not all known."""
+    shapes = complete_shapes(symbol, values, given)
+    if not all(is_complete(shapes.get(name)) for name in symbol.list_inputs()):
+        return None
+    _, found, _ = symbol.infer_shape_partial(**{n: shapes[n] for n in symbol.list_inputs()})
+    return list(found)
 
 
 def _check(norm: Norm, shape: tuple[int, ...] | None) -> None:
@@ -68,7 +79,7 @@ def _check(norm: Norm, shape: tuple[int, ...] | None) -> None:
         )
 
 
-def _ranks(graph: Graph) -> dict[Node, int]:
+def ranks_of(graph: Graph) -> dict[Node, int]:
     """Return the ranks that follow from the operators alone, where no shapes are known.
 
     MXNet's own inference fails on lengths that are not known yet, in Pooling for one.

@@ -6,14 +6,15 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from ..._graph.nodes import Node
 from ..._net import BATCH_NORM_OPERATORS
 from ...backends.marker import KEY as MARKER
-from .._ir import Node
 from .._norm_nodes import (
     PARAMETERS,
     check_parameters,
     description_of,
-    layer_name,
+    epsilon_of,
+    name_norm,
     obstacle,
     with_more_outputs,
 )
@@ -43,7 +44,7 @@ def read(lowering: Lowering) -> list[Norm]:
 def _described(lowering: Lowering, node: Node) -> Norm:
     description = description_of(node)
     del node.attrs[MARKER]
-    node.name = f"{layer_name(description['running_mean'], node.name)}_fwd"
+    name_norm(node, lowering.graph, description["running_mean"])
     names = {role: description[role] for role in PARAMETERS}
     options = (description[key] for key in ("axis", "epsilon", "fix_gamma", "center"))
     return _norm(lowering, node, names, *options)
@@ -51,8 +52,8 @@ def _described(lowering: Lowering, node: Node) -> Norm:
 
 def _builtin(lowering: Lowering, node: Node) -> Norm:
     names = {role: source.node.name for role, source in zip(PARAMETERS, node.inputs[1:])}
-    axis, epsilon = int(node.attrs.get("axis", 1)), float(node.attrs.get("eps", 1e-3))
-    norm = _norm(lowering, node, names, axis, epsilon, node.flag("fix_gamma", True))
+    axis, fix_gamma = node.integer("axis", 1), node.flag("fix_gamma", True)
+    norm = _norm(lowering, node, names, axis, epsilon_of(node), fix_gamma)
     norm.relu = node.op == "_contrib_BatchNormWithReLU"
     return norm
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from ..._net import BATCH_NORM_OPERATORS
+from ..._graph.nodes import Node, Output
 from ...backends.marker import KEY as MARKER
-from .._ir import Node, Output
-from .._norm_nodes import descriptions
+from .._norm_nodes import descriptions, out_of_reach
 from .._report import Outcome
 from .._training_graph import ends_layer, in_inference, is_zero, running_means, undescribed
 from .state import Lowering
@@ -59,6 +58,6 @@ def _check_loop(lowering: Lowering, node: Node) -> None:
             f"the layer inside loop {node.name!r} ({node.op}) cannot be exported for "
             "inference: take the batch normalization out of the loop body"
         )
-    for op in sorted({*BATCH_NORM_OPERATORS, "Dropout"}):
-        if node.holds(op):
-            lowering.kept.append(Outcome(node.name, f"left with {op}", "it is inside a loop"))
+    for op, reason in out_of_reach(node, "Dropout"):
+        word = "as" if op == node.op else "with"
+        lowering.kept.append(Outcome(node.name, f"left {word} {op}", reason))

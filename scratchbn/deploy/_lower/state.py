@@ -8,10 +8,14 @@ from typing import Any
 import mxnet as mx
 import numpy as np
 
-from .._ir import Graph, Node, Output
+from ..._graph.nodes import Graph, Node, Output
 from .._report import Outcome
 
 STYLES = ("dwconv", "affine", "batchnorm")
+
+
+class Obstacle(Exception):
+    """The reason why a norm cannot be folded."""
 
 
 @dataclass
@@ -37,16 +41,20 @@ class Norm:
 
     def with_relu(self, source: Output) -> Output:
         """Return `source` behind the relu of this norm."""
-        attrs = {"act_type": "relu"}
-        return Output(Node("Activation", f"{self.node.name}_relu", attrs, [source]))
+        node = Node("Activation", self.node.name, {"act_type": "relu"}, [source])
+        return Output(node)
 
 
 @dataclass
 class Lowering:
-    """A graph on its way to its inference form; `variables` are known once it is simplified."""
+    """A graph on its way to its inference form; `variables` are known once it is simplified.
+
+    `outputs` are the names of the nodes that were its heads.
+    """
 
     graph: Graph
     values: dict[str, Any]
+    outputs: list[str]
     folded: list[Outcome] = field(default_factory=list)
     kept: list[Outcome] = field(default_factory=list)
     variables: dict[str, Node] = field(default_factory=dict)

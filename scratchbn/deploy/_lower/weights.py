@@ -4,6 +4,10 @@ A batch normalization in inference is ``scale * y + shift`` for each channel of 
 ``y = W x + b`` is the output of a convolution or a dense layer, then::
 
     scale * (W x + b) + shift  =  (scale W) x + (scale b + shift)
+
+and if it is the input of one, without padding::
+
+    W (scale * x + shift) + b  =  (W scale) x + (W shift + b)
 """
 
 from __future__ import annotations
@@ -75,3 +79,37 @@ def fused_weights(
         factor = scale
     factor = factor.reshape(factor.shape + (1,) * (weight.ndim - factor.ndim))
     return weight * factor, shift if bias is None else scale * bias + shift
+
+
+def weights_before_norm(
+    weight: np.ndarray,
+    bias: np.ndarray | None,
+    scale: np.ndarray,
+    shift: np.ndarray,
+    groups: int = 1,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return weight and bias of a layer that computes ``layer(scale * x + shift)``.
+
+    Parameters
+    ----------
+    weight : array, shape (C_out, C_in / groups, ...) or (C_out, C_in * ...)
+        Of a convolution without padding, or of a dense layer.
+    bias : array, shape (C_out,), or None
+    scale, shift : array, shape (C_in,)
+    groups : int
+        Of a grouped convolution.
+
+    Examples
+    --------
+    >>> weight, scale, shift = np.array([[1.0, 2.0]]), np.array([2.0, 10.0]), np.array([0.5, 1.0])
+    >>> weights_before_norm(weight, None, scale, shift)
+    (array([[ 2., 20.]]), array([2.5]))
+    """
+    outputs = len(weight)
+    factor, term = (
+        np.repeat(v.reshape(groups, -1), outputs // groups, axis=0) for v in (scale, shift)
+    )
+    by_channel = weight.reshape(outputs, len(scale) // groups, -1)
+    total = (by_channel * term[:, :, None]).sum(axis=(1, 2))
+    fused = (by_channel * factor[:, :, None]).reshape(weight.shape)
+    return fused, total if bias is None else bias + total

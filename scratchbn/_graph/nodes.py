@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from ast import literal_eval
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -48,20 +49,41 @@ class Node:
         """Return a boolean attribute."""
         return self.attrs.get(name, str(default)) in ("True", "1", "true")
 
+    def integer(self, name: str, default: int) -> int:
+        """Return an attribute that is an integer."""
+        return int(self.attrs.get(name, default))
+
+    def number(self, name: str, default: float) -> float:
+        """Return an attribute that is a number."""
+        return float(self.attrs.get(name, default))
+
     def integers(self, name: str) -> tuple[int, ...]:
-        """Return an attribute that is a shape; () if it is not given."""
+        """Return an attribute that is a shape; () if it is not given, or None."""
         value = literal_eval(self.attrs.get(name, "()"))
-        return (value,) if isinstance(value, int) else tuple(value)
+        return (value,) if isinstance(value, int) else tuple(value or ())
+
+
+def plain_numbers(attrs: Mapping[str, str]) -> dict[str, str]:
+    """Return attributes without the ``L`` that Python 2 wrote after a long, as in ``(3L, 3L)``.
+
+    >>> plain_numbers({"kernel": "(3L, 3L)", "num_filter": "64L", "name": "LeNet5L"})
+    {'kernel': '(3, 3)', 'num_filter': '64', 'name': 'LeNet5L'}
+    """
+    return {k: v.replace("L", "") if _LONGS.fullmatch(v) else v for k, v in attrs.items()}
+
+
+_LONGS = re.compile(r"[\s(\[]*-?\d+L?(?:\s*,\s*-?\d+L?)*[\s,)\]]*")
 
 
 class Graph:
-    """A symbol as nodes that can be rewired."""
+    """A symbol as nodes that can be rewired, with the casts of AMP unless `amp_casts` is False."""
 
-    def __init__(self, symbol: Any) -> None:
-        document = json.loads(symbol.tojson())
+    def __init__(self, symbol: Any, *, amp_casts: bool = True) -> None:
+        document = json.loads(symbol.tojson(remove_amp_cast=not amp_casts))
         nodes: list[Node] = []
         for raw in document["nodes"]:
-            known = {"op": raw.pop("op"), "name": raw.pop("name"), "attrs": raw.pop("attrs", {})}
+            attrs = plain_numbers(raw.pop("attrs", {}))
+            known = {"op": raw.pop("op"), "name": raw.pop("name"), "attrs": attrs}
             inputs = [Output(nodes[i], *more) for i, *more in raw.pop("inputs")]
             nodes.append(Node(**known, inputs=inputs, rest=raw))
         self.heads = [Output(nodes[i], *more) for i, *more in document["heads"]]

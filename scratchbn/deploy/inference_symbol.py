@@ -1,0 +1,239 @@
+"""A second symbol file for inference, which shares the parameter file of the first."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mxnet as mx
+import numpy as np
+
+from .._graph.nodes import Graph, Node, Output
+from .._net import BATCH_NORM_OPERATORS
+from .._text import first_line
+from .._writing import PathLike, check_directory, write_text
+from ..backends.inference.calls import Call, described
+from ..backends.inference.factors import Fact
+from ..backends.inference.rewrite import has_bias_per_channel, rewrite
+from ._files import load_params, load_symbol, plain_name, stated_shapes
+from ._lower.infer import ranks_of
+from ._norm_nodes import check_parameters, obstacle, with_more_outputs
+from .check import largest_difference
+
+__all__ = ["write_inference_symbol"]
+
+_ENDING = "-symbol.json"
+# How far the two graphs may be apart on random input, in units of the largest output.
+_CLOSE = {"float64": 1e-8, "float32": 1e-3, "float16": 2e-2}
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def write_inference_symbol(
+    symbol: PathLike,
+    path: PathLike | None = None,
+    *,
+    params: PathLike | None = None,
+    shapes: Mapping[str, Iterable[int]] | None = None,
+) -> str:
+    """Write a symbol file for inference beside that of an exported model.
+
+    What ``net.export`` writes of our layer serves training too, and takes its time for it. The
+    second file has stock operators that only infer: each batch normalization, ours or MXNet's,
+    is a 1x1 depthwise convolution where its channels are second and there are 1 to 3 axes more,
+    else a product and a sum; the mean is subtracted in the bias of the layer before, if it has
+    one. No value is in it: it computes with the Parameters of the same ``.params`` file, so
+    whoever trains on and saves that file again updates both.
+
+    Parameters
+    ----------
+    symbol : str or path
+        ``NAME-symbol.json``.
+    path : str or path, optional
+        The file to write; ``NAME-infer-symbol.json`` if not given.
+    params : str or path, optional
+        A parameter file of the model, from which shapes and types are taken, no values. If not
+        given, the newest ``NAME-0000.params``, or other digits, beside the symbol, if there is
+        one. Without it a norm is a convolution only behind a layer that states its channels.
+    shapes : mapping of str to tuple of int, optional
+        Shapes of the inputs. With them and the parameters both graphs are run on random input
+        and compared. They also tell the rank of a norm's input where the operators do not.
+
+    Returns
+    -------
+    str
+        The path of the file.
+
+    Raises
+    ------
+    TypeError
+        If an argument is none of these.
+    ValueError
+        If a file is not what it should be, `path` is `symbol`, parameters or `shapes` do not fit,
+        or the graphs do not agree. Nothing is written.
+    OSError
+        If a file cannot be read or written.
+
+    Notes
+    -----
+    Kept as they are: a norm whose input has an unknown rank, in a loop, of a variant that the
+    file does not describe, MXNet's with its statistics as outputs or for float16.
+
+    To the second file all parameters are arguments, also running statistics, which are auxiliary
+    states of the first. Load it with ``ignore_extra=True`` (``SymbolBlock.imports``) or
+    ``allow_extra=True`` (``Module.set_params``) if the model has parameters that only training
+    needs: the count of batches of ``momentum=None``.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import mxnet as mx
+    >>> from scratchbn import ScratchBatchNorm
+    >>> net = mx.gluon.nn.HybridSequential()
+    >>> net.add(mx.gluon.nn.Conv2D(8, 3), ScratchBatchNorm())
+    >>> net.initialize()
+    >>> net.hybridize()
+    >>> x = mx.nd.ones((1, 3, 8, 8))
+    >>> y = net(x)
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     net.export(f"{directory}/net")
+    ...     path = write_inference_symbol(f"{directory}/net-symbol.json")
+    ...     served = mx.gluon.SymbolBlock.imports(path, ["data"], f"{directory}/net-0000.params")
+    >>> bool(mx.nd.abs(served(x) - y).max() < 1e-5)
+    True
+    """
+    for name, value in (("symbol", symbol), ("path", path), ("params", params)):
+        optional = name != "symbol" and value is None
+        if not optional and not isinstance(value, (str, os.PathLike)):
+            raise TypeError(f"{name} must be a path, got {type(value).__name__}")
+    source = Path(symbol)
+    target = Path(path) if path is not None else source.with_name(_name(source.name))
+    check_directory(target)
+    if target.resolve() == source.resolve():
+        raise ValueError(f"path must not be that of symbol, got {os.fspath(target)!r}")
+    params = params if params is not None else _newest(source)
+    before = load_symbol(source)
+    values = {} if params is None else load_params(params)
+    values = {plain_name(name): value for name, value in values.items()}
+    known = {**stated_shapes(before, values), **_checked(before, values, shapes or {})}
+    after = _inference_symbol(before, values, known)
+    _check_agreement((before, values), (after, values), known)
+    write_text(target, after.tojson())
+    return str(target)
+
+
+def _name(name: str) -> str:
+    if name.endswith(_ENDING):
+        return f"{name.removesuffix(_ENDING)}-infer{_ENDING}"
+    return f"{Path(name).stem}-infer{Path(name).suffix}"
+
+
+def _newest(symbol: Path) -> Path | None:
+    """Return the parameter file of a symbol that was written last, if there is one."""
+    pattern = re.compile(re.escape(symbol.name.removesuffix(_ENDING)) + r"-\d{4}\.params")
+    found = [p for p in symbol.parent.iterdir() if pattern.fullmatch(p.name)]
+    return max(found, key=lambda p: (p.stat().st_mtime_ns, p.name), default=None)
+
+
+def _checked(
+    symbol: Any, values: Mapping[str, Any], shapes: Mapping[str, Iterable[int]]
+) -> dict[str, tuple[int, ...]]:
+    inputs = [name for name in symbol.list_inputs() if name not in values]
+    for name in shapes:
+        if name not in inputs:
+            raise ValueError(f"shapes must name inputs ({', '.join(inputs)}), got {name!r}")
+    return {name: tuple(shape) for name, shape in shapes.items()}
+
+
+def _inference_symbol(symbol: Any, values: Mapping[str, Any], shapes: Shapes) -> Any:
+    """Return the inference graph of a symbol; `values` and `shapes` as far as they are known."""
+    more = {node.name for node in with_more_outputs(Graph(symbol))}
+    finds = (described, partial(_builtin, more=more))
+    measure = partial(_facts, values=values, shapes=shapes)
+    graph = rewrite(symbol, finds, measure, lambda call, fact: True)
+    if graph is None:
+        return symbol
+    for name, node in graph.variables().items():
+        if name in values:
+            # Module infers shapes from the inputs alone, and not through what a norm has become.
+            node.attrs["__shape__"] = str(values[name].shape)
+    return graph.symbol()
+
+
+def _builtin(node: Node, variables: Mapping[str, Node], more: set[str]) -> Call | None:
+    """Return the call that one of MXNet's norms is; `more` names those with other outputs used."""
+    if node.op not in BATCH_NORM_OPERATORS or obstacle(node, has_more=node.name in more):
+        return None
+    return Call(
+        Output(node),
+        node.inputs[0],
+        tuple(node.inputs[1:5]),
+        axis=int(node.attrs.get("axis", 1)),
+        epsilon=float(node.attrs.get("eps", 1e-3)),
+        scale=not node.flag("fix_gamma", True),
+        center=True,
+        relu="Activation" if node.op == "_contrib_BatchNormWithReLU" else None,
+    )
+
+
+def _facts(
+    graph: Graph, calls: list[Call], values: Mapping[str, Any], shapes: Shapes
+) -> list[Fact]:
+    """Find out what can be known of the inputs of calls."""
+    for call in calls:
+        names = {source.node.name: source.node.name for source in call.parameters}
+        if values:
+            check_parameters(call.node, names, values)
+    part = Graph(graph.symbol([call.node.inputs[0] for call in calls]), amp_casts=True)
+    # Dropout refuses an input of unknown type, and has the shape and type of its input.
+    part.replace({Output(n): n.inputs[0] for n in part.nodes() if n.op == "Dropout"})
+    symbol = part.symbol()
+    names = symbol.list_inputs()
+    known = {name: value.shape for name, value in values.items()} | dict(shapes)
+    types = {name: values[name].dtype for name in names if name in values}
+    found = [()] * len(calls)
+    try:
+        _, dtypes, _ = symbol.infer_type_partial(**types)
+        if all(min(known.get(name, (0,)), default=1) > 0 for name in names):
+            _, found, _ = symbol.infer_shape_partial(**{name: known[name] for name in names})
+    except mx.MXNetError as error:
+        raise ValueError(
+            f"the parameters or the shapes do not match the symbol: {first_line(error)}"
+        ) from error
+    ranks = ranks_of(graph)
+    return [
+        Fact(
+            len(shape) or ranks.get(call.node.inputs[0].node),
+            _channels(call, values),
+            np.dtype(dtype) if dtype else None,
+        )
+        for call, shape, dtype in zip(calls, found, dtypes or [None] * len(calls))
+    ]
+
+
+def _channels(call: Call, values: Mapping[str, Any]) -> int | None:
+    gamma, before = call.parameters[0].node.name, call.node.inputs[0].node
+    if gamma in values:
+        return int(values[gamma].size)
+    stated = before.attrs.get("num_filter", before.attrs.get("num_hidden"))
+    return int(stated) if stated is not None and has_bias_per_channel(before) else None
+
+
+def _check_agreement(before: Any, after: Any, shapes: Shapes) -> None:
+    """Raise ValueError if two models do not agree, where there is all that is needed to run."""
+    symbol, values = before
+    if any(
+        min(shapes.get(n, (0,)), default=1) < 1 for n in symbol.list_inputs() if n not in values
+    ):
+        return
+    difference, size = largest_difference(before, after, shapes)
+    types = {np.dtype(value.dtype).name for value in values.values()}
+    limit = max((_CLOSE.get(name, 0.0) for name in types), default=0.0)
+    if not difference <= limit * max(size, 1):
+        raise ValueError(
+            f"the inference graph differs by {difference:.1e}, of {size:.1e}: it is not written"
+        )
