@@ -130,7 +130,7 @@ def test_the_build_for_any_processor_gives_the_formulas_on_three_threads(cache):
         [sys.executable, "-c", program],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         env=environment,
     )
     assert child.returncode == 0, child.stderr
