@@ -17,6 +17,8 @@ from ._ir import Graph, Node
 
 PARAMETERS = ("gamma", "beta", "running_mean", "running_var")
 CUDNN_LEAST_EPSILON = 1e-5
+# The option use_global_stats as it was before a norm was frozen, of nodes and descriptions alike.
+BEFORE_FREEZE = "__use_global_stats_before_freeze__"
 
 _KINDS: dict[str, Any] = {
     "axis": int,

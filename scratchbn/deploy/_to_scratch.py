@@ -12,13 +12,21 @@ import numpy as np
 from mxnet import autograd
 from mxnet.gluon import Block
 
+from .._conversion_report import ConversionReport, Entry
 from .._net import BATCH_NORM_OPERATORS
 from .._text import first_line
 from ..backends.marker import KEY as MARKER
-from ..convert import ConversionReport, Entry
 from ..layer import ScratchBatchNorm, ScratchBatchNormReLU
 from ._ir import Graph, Node, Output
-from ._norm_nodes import PARAMETERS, check_parameters, layer_name, obstacle, with_more_outputs
+from ._norm_nodes import (
+    BEFORE_FREEZE,
+    PARAMETERS,
+    check_parameters,
+    layer_name,
+    obstacle,
+    with_more_outputs,
+)
+from ._training_graph import ends_layer
 
 _LAYERS = {"BatchNorm": ScratchBatchNorm, "_contrib_BatchNormWithReLU": ScratchBatchNormReLU}
 # What BatchNorm computes where a file does not state an option.
@@ -26,18 +34,27 @@ _DEFAULTS = {"axis": "1", "eps": "0.001", "momentum": "0.9"}
 
 
 @dataclass(frozen=True)
-class _Call:
-    """A ``BatchNorm`` node, the names of its parameters by role, and the layer that replaces it."""
+class Call:
+    """The last node of a norm, its parameters' names by role, and the layer that replaces it.
+
+    `more` is put into the description of the layer.
+    """
 
     node: Node
     names: dict[str, str]
     layer: ScratchBatchNorm
+    more: dict[str, bool]
+
+    @property
+    def source(self) -> Output:
+        """What is normalized."""
+        return self.node.inputs[1 if ends_layer(self.node) else 0]
 
 
 class _Calls(Block):
     """Layers called one after another in one trace, so that each sees what was written before."""
 
-    def __init__(self, calls: list[_Call]) -> None:
+    def __init__(self, calls: list[Call]) -> None:
         super().__init__(prefix="")
         self._calls = calls
 
@@ -71,7 +88,9 @@ def to_scratch(graph: Graph, values: Mapping[str, Any]) -> ConversionReport:
             layers[statistics] = settings, _layer(node, names["running_mean"], dtype, taken)
         first, layer = layers[statistics]
         if first == settings:
-            calls.append(_Call(node, names, layer))
+            before = node.attrs.get(BEFORE_FREEZE)
+            kept = {} if before is None else {BEFORE_FREEZE: before == "True"}
+            calls.append(Call(node, names, layer, kept))
         else:
             shared = f"it shares its running statistics with {layer.prefix}"
             skipped.append((node, f"{shared}, and differs otherwise"))
@@ -79,7 +98,7 @@ def to_scratch(graph: Graph, values: Mapping[str, Any]) -> ConversionReport:
         Entry(c.layer.prefix.rstrip("_"), c.node.name, c.node.op, f"now {type(c.layer).__name__}")
         for c in calls
     ]
-    _graft(graph, calls)
+    graft(graph, calls)
     return ConversionReport(
         tuple(converted), tuple(Entry(n.name, n.name, n.op, reason) for n, reason in skipped)
     )
@@ -136,7 +155,7 @@ def _layer(
     return layer
 
 
-def _graft(graph: Graph, calls: list[_Call]) -> None:
+def graft(graph: Graph, calls: list[Call]) -> None:
     """Put the training graph of each call in the place of its node."""
     if not calls:
         return
@@ -145,12 +164,12 @@ def _graft(graph: Graph, calls: list[_Call]) -> None:
         traced = Graph(mx.sym.Group(_Calls(calls)(*stand_ins)))
     replacements = {Output(call.node): head for call, head in zip(calls, traced.heads)}
     inputs: dict[str, Output] = {}
+    known = graph.variables()
     variables: dict[str, Node] = {}
     for call, stand_in in zip(calls, stand_ins):
-        source = call.node.inputs[0]
-        inputs[stand_in.name] = replacements.get(source, source)
-        for role, parameter in zip(PARAMETERS, call.node.inputs[1:]):
-            variables[getattr(call.layer, role).name] = parameter.node
+        inputs[stand_in.name] = replacements.get(call.source, call.source)
+        for role, name in call.names.items():
+            variables[getattr(call.layer, role).name] = known[name]
 
     def connected(source: Output) -> Output:
         if not source.node.is_variable:
@@ -167,6 +186,7 @@ def _graft(graph: Graph, calls: list[_Call]) -> None:
         node.name = call.node.name
         while MARKER not in node.attrs:  # a relu, a cast
             node = node.inputs[0].node
-        description = {**json.loads(node.attrs[MARKER]), **call.names}
+        roles = {role: call.names[role] for role in PARAMETERS}
+        description = {**json.loads(node.attrs[MARKER]), **roles, **call.more}
         node.attrs[MARKER] = json.dumps(description, sort_keys=True)
     graph.replace(replacements)

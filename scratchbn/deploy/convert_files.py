@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from .._checks import check_choice
-from ..convert import ConversionReport
+from .._conversion_report import ConversionReport
 from ._files import load_params, load_symbol, plain_name
 from ._ir import Graph
 from ._to_builtin import to_builtin

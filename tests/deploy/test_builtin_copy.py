@@ -133,7 +133,7 @@ def test_amp_converts_the_copy_and_keeps_the_statistics_float32(trained):
     copy(images[:1])
     converted = amp.convert_hybrid_block(copy, target_dtype="float16", ctx=mx.cpu())
     symbol = converted(mx.sym.var("data"))
-    arguments, _, states = symbol.infer_type(data="float32")
+    _, _, states = symbol.infer_type(data="float32")
     assert set(states) == {np.float32}
     assert "amp_cast" in symbol.tojson(remove_amp_cast=False)
     values = {n: p.data() for n, p in copy.collect_params().items()}
