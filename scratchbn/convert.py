@@ -18,6 +18,7 @@ conversion back restores it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,8 @@ from mxnet.gluon import Block, HybridBlock, SymbolBlock, nn
 from mxnet.gluon.contrib.nn import SyncBatchNorm
 
 from ._conversion_report import ConversionReport, Entry
-from ._hidden import hidden_builtin, hidden_scratch
+from ._graph.nodes import Graph
+from ._hidden import converted_graph
 from ._net import (
     BuiltInBatchNorm,
     blocks_of,
@@ -35,8 +37,11 @@ from ._net import (
     clear_graphs,
     options_of,
     own_parameters,
+    set_graph,
     values_of,
 )
+from .deploy._to_builtin import to_builtin as graph_to_builtin
+from .deploy._to_scratch import to_scratch as graph_to_scratch
 from .freezing import freeze, unfreeze
 from .layer import ScratchBatchNorm, ScratchBatchNormReLU
 
@@ -69,6 +74,9 @@ def to_scratch(net: Block) -> tuple[Block, ConversionReport]:
     kept, and :func:`to_builtin` restores exactly what was here. Compiled graphs are dropped; they
     are built again when the net is called.
 
+    In the graph of a ``SymbolBlock`` the norms are nodes: the graph is rewritten, on the same
+    Parameters, as :func:`scratchbn.convert_files` does it in files.
+
     Subclasses are converted if they differ in ``__init__``, ``__repr__`` or ``_alias`` only (and
     GluonCV's ``BatchNormCudnnOff``); ``nn.BatchNormReLU`` becomes :class:`ScratchBatchNormReLU`.
 
@@ -84,8 +92,8 @@ def to_scratch(net: Block) -> tuple[Block, ConversionReport]:
         The same object.
     report : ConversionReport
         What was converted and what was not: ``SyncBatchNorm``, layers with a forward of their own,
-        batch normalization inside the graph of a ``SymbolBlock``. Operators that a block calls
-        itself in its ``hybrid_forward`` are not seen.
+        loops in the graph of a ``SymbolBlock``. Operators that a block calls itself in its
+        ``hybrid_forward`` are not seen.
 
     Raises
     ------
@@ -105,7 +113,7 @@ def to_scratch(net: Block) -> tuple[Block, ConversionReport]:
     ('ScratchBatchNorm', 1, 0)
     """
     check_block(net)
-    return _convert(net, BuiltInBatchNorm, hidden_builtin, _why_not_to_scratch, _to_scratch)
+    return _convert(net, BuiltInBatchNorm, graph_to_scratch, _why_not_to_scratch, _to_scratch)
 
 
 def to_builtin(net: Block) -> tuple[Block, ConversionReport]:
@@ -124,8 +132,7 @@ def to_builtin(net: Block) -> tuple[Block, ConversionReport]:
     net : Block
         The same object.
     report : ConversionReport
-        What was converted and what was not: variants, which compute something else, and layers
-        inside the graph of a ``SymbolBlock``.
+        What was converted and what was not: variants, which compute something else.
 
     Raises
     ------
@@ -145,13 +152,13 @@ def to_builtin(net: Block) -> tuple[Block, ConversionReport]:
     1 converted, 0 skipped
     """
     check_block(net)
-    return _convert(net, ScratchBatchNorm, hidden_scratch, _why_not_to_builtin, _to_builtin)
+    return _convert(net, ScratchBatchNorm, graph_to_builtin, _why_not_to_builtin, _to_builtin)
 
 
 def _convert(
     net: Block,
     family: type[Block],
-    count_hidden: Callable[[SymbolBlock], int],
+    convert_graph: Callable[[Graph, dict[str, Any]], ConversionReport],
     why_not: Callable[[Any], str],
     plan: Callable[[Any, bool], _Exchange],
 ) -> tuple[Block, ConversionReport]:
@@ -159,13 +166,24 @@ def _convert(
     blocks = blocks_of(net)
     is_float16 = _has_float16(blocks)
     exchanges: list[_Exchange] = []
-    converted, skipped, notes = [], [], []
+    graphs: dict[SymbolBlock, Any] = {}
+    converted: list[Entry] = []
+    skipped: list[Entry] = []
+    notes: list[Entry] = []
     for block, path in blocks.items():
         entry = partial(Entry, path, block.name, type(block).__name__)
         if isinstance(block, SymbolBlock):
-            hidden = count_hidden(block)
-            if hidden:
-                skipped.append(entry(f"{hidden} batch normalizations are nodes of its graph"))
+            try:
+                graph, inside = converted_graph(block, convert_graph)
+            except (TypeError, ValueError) as error:
+                where = f"{path or 'the net'} ({block.name})"
+                raise type(error)(f"{where} cannot be converted: {error}") from error
+            if inside.converted:
+                graphs[block] = graph
+            for all_lines, lines in zip(
+                (converted, skipped, notes), (inside.converted, inside.skipped, inside.notes)
+            ):
+                all_lines += [replace(e, path=f"{path}.{e.path}".lstrip(".")) for e in lines]
         elif isinstance(block, family):
             reason = why_not(block)
             if reason:
@@ -182,7 +200,9 @@ def _convert(
                 notes.append(entry(exchange.note))
     for exchange in exchanges:
         exchange.carry_out()
-    if exchanges:
+    for block, graph in graphs.items():
+        set_graph(block, graph)
+    if exchanges or graphs:
         clear_graphs(blocks)
     return net, ConversionReport(tuple(converted), tuple(skipped), tuple(notes))
 

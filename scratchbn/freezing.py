@@ -6,12 +6,14 @@ The module is not called ``freeze``, so that ``scratchbn.freeze`` is always the 
 from __future__ import annotations
 
 from typing import Any
+from warnings import warn
 
+import mxnet as mx
 from mxnet.gluon import Block
 
 from ._checks import check_flag
-from ._hidden import warn_of_hidden
-from ._net import blocks_of, check_block, clear_graphs, norm_layers, options_of
+from ._hidden import HiddenNorm, freeze_hidden, hidden_norms, warn_of_hidden
+from ._net import blocks_of, check_block, clear_graphs, norm_layers, options_of, values_of
 
 __all__ = ["freeze", "unfreeze"]
 
@@ -22,7 +24,8 @@ _GRAD_REQ_BEFORE = "_grad_req_before_freeze"
 def freeze(net: Block, parameters: bool = False) -> tuple[str, ...]:
     """Make all batch normalization layers of a net use their running statistics, in training too.
 
-    Works for :class:`ScratchBatchNorm`, ``nn.BatchNorm`` and subclasses of both. Each layer
+    Works for :class:`ScratchBatchNorm`, ``nn.BatchNorm`` and subclasses of both, and for either
+    in the graph of a ``SymbolBlock``, such as an imported net, which is rewritten. Each layer
     remembers its state for :func:`unfreeze`; to freeze twice changes nothing. Compiled graphs are
     dropped; they are built again when the net is called.
 
@@ -38,7 +41,8 @@ def freeze(net: Block, parameters: bool = False) -> tuple[str, ...]:
     Returns
     -------
     tuple of str
-        The paths of the layers that were not frozen, or not so far, before.
+        The paths of the layers that were not frozen, or not so far, before; in a graph, that of
+        the ``SymbolBlock`` and the name of the layer.
 
     Raises
     ------
@@ -48,8 +52,9 @@ def freeze(net: Block, parameters: bool = False) -> tuple[str, ...]:
     Warns
     -----
     UserWarning
-        If there is batch normalization in the graph of a ``SymbolBlock``, where it cannot be
-        frozen.
+        If a layer's running statistics are those of a new layer, 0 and 1 throughout; if there is
+        batch normalization in the graph of a ``SymbolBlock`` that does not tell its options (in a
+        loop, of a variant) and is not frozen.
 
     Examples
     --------
@@ -70,21 +75,25 @@ def freeze(net: Block, parameters: bool = False) -> tuple[str, ...]:
     check_flag("parameters", parameters)
     blocks = blocks_of(net)
     warn_of_hidden(blocks, "were not frozen")
+    norms = {**dict(norm_layers(blocks)), **hidden_norms(blocks)}
+    hidden = freeze_hidden(blocks, frozen=True)
     changed = []
-    for layer, path in norm_layers(blocks):
-        before = _frozen_state(layer)
-        options = options_of(layer)
-        vars(layer).setdefault(_GLOBAL_STATS_BEFORE, options["use_global_stats"])
-        options["use_global_stats"] = True
-        for parameter in (layer.gamma, layer.beta) if parameters else ():
+    for norm, path in norms.items():
+        before = _frozen_state(norm)
+        if not isinstance(norm, HiddenNorm):
+            options = options_of(norm)
+            vars(norm).setdefault(_GLOBAL_STATS_BEFORE, options["use_global_stats"])
+            options["use_global_stats"] = True
+        for parameter in (norm.gamma, norm.beta) if parameters else ():
             # Kept on the Parameter, which layers may share.
             vars(parameter).setdefault(_GRAD_REQ_BEFORE, parameter.grad_req)
             parameter.grad_req = "null"
-        if _frozen_state(layer) != before:
-            changed.append(path)
+        if norm.running_mean in hidden or _frozen_state(norm) != before:
+            changed.append((norm, path))
     if changed:
         clear_graphs(blocks)
-    return tuple(changed)
+        _warn_of_untrained(changed)
+    return tuple(path for _, path in changed)
 
 
 def unfreeze(net: Block) -> tuple[str, ...]:
@@ -107,12 +116,15 @@ def unfreeze(net: Block) -> tuple[str, ...]:
     """
     check_block(net)
     blocks = blocks_of(net)
+    norms = {**dict(norm_layers(blocks)), **hidden_norms(blocks)}
+    hidden = freeze_hidden(blocks, frozen=False)
     changed = []
-    for layer, path in norm_layers(blocks):
-        if _GLOBAL_STATS_BEFORE not in vars(layer):
+    for norm, path in norms.items():
+        if _GLOBAL_STATS_BEFORE not in vars(norm) and norm.running_mean not in hidden:
             continue
-        options_of(layer)["use_global_stats"] = vars(layer).pop(_GLOBAL_STATS_BEFORE)
-        for parameter in (layer.gamma, layer.beta):
+        if _GLOBAL_STATS_BEFORE in vars(norm):
+            options_of(norm)["use_global_stats"] = vars(norm).pop(_GLOBAL_STATS_BEFORE)
+        for parameter in (norm.gamma, norm.beta):
             if _GRAD_REQ_BEFORE in vars(parameter):
                 parameter.grad_req = vars(parameter).pop(_GRAD_REQ_BEFORE)
         changed.append(path)
@@ -121,6 +133,29 @@ def unfreeze(net: Block) -> tuple[str, ...]:
     return tuple(changed)
 
 
-def _frozen_state(layer: Any) -> list[Any]:
-    held = [_GLOBAL_STATS_BEFORE in vars(layer), options_of(layer)["use_global_stats"]]
-    return [*held, layer.gamma.grad_req, layer.beta.grad_req]
+def _frozen_state(norm: Any) -> list[Any]:
+    held = [_GLOBAL_STATS_BEFORE in vars(norm), options_of(norm)["use_global_stats"]]
+    return [*held, norm.gamma.grad_req, norm.beta.grad_req]
+
+
+def _warn_of_untrained(norms: list[tuple[Any, str]]) -> None:
+    """Warn the caller's caller of norms whose statistics are those of a new layer."""
+    mx.nd.waitall()  # graphs with static_shape write to the statistics behind the engine's back
+    paths = [path or "the net" for norm, path in norms if _is_untrained(norm)]
+    if paths:
+        warn(
+            f"running_mean is 0 and running_var is 1 throughout in {len(paths)} of {len(norms)} "
+            f"frozen layers ({paths[0]}): train, load or recalibrate the statistics first, else "
+            "these layers do not normalize",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _is_untrained(norm: Any) -> bool:
+    means, variances = values_of(norm.running_mean), values_of(norm.running_var)
+    return bool(means) and all(
+        (array.asnumpy() == value).all()
+        for arrays, value in ((means, 0), (variances, 1))
+        for array in arrays
+    )

@@ -16,7 +16,7 @@ from mxnet.gluon import Block
 from . import functional
 from ._checks import check_choice, check_flag, check_integer
 from ._graph.arrays import to_classic
-from ._hidden import hidden_states, warn_of_hidden
+from ._hidden import HiddenNorm, hidden_norms, hidden_states, imported, warn_of_hidden
 from ._net import (
     blocks_of,
     channel_axis,
@@ -29,6 +29,7 @@ from ._net import (
     put_back,
     values_of,
 )
+from .monitor.twin import GraphTwin
 from .population import CumulativeAverage, Population
 
 __all__ = ["recalibrate"]
@@ -90,7 +91,8 @@ def recalibrate(
     Warns
     -----
     UserWarning
-        If there is batch normalization in the graph of a ``SymbolBlock``, where it cannot be set.
+        If there is batch normalization in the graph of a ``SymbolBlock`` that does not tell its
+        options (in a loop, of a variant) and is not set.
 
     Notes
     -----
@@ -129,12 +131,13 @@ def recalibrate(
 
     blocks = blocks_of(net)
     warn_of_hidden(blocks, "are not recalibrated")
-    layers = [layer for layer, _ in norm_layers(blocks) if not _is_frozen(layer)]
+    norms = {**dict(norm_layers(blocks)), **hidden_norms(blocks)}
+    layers = [layer for layer in norms if not _is_frozen(layer)]
     if not layers:
         return 0
     mx.nd.waitall()  # graphs with static_shape write to the statistics behind the engine's back
     gathered = _Gathered(_ACCUMULATORS[mode])
-    used = _gather(net, blocks, _first_items(data, batches, progress), gathered)
+    used = _gather(net, blocks, norms, _first_items(data, batches, progress), gathered)
     if used < (batches or 1):
         raise ValueError(f"data must have at least {batches or 1} batches, got {used}")
     _write([value for layer in layers for value in _new_values(layer, gathered)])
@@ -172,7 +175,13 @@ def _kind(batch: Any) -> str:
     return f"of type {type(batch).__name__}"
 
 
-def _gather(net: Any, blocks: dict[Block, str], inputs: Iterator[Array], gathered: Any) -> int:
+def _gather(
+    net: Any,
+    blocks: dict[Block, str],
+    norms: dict[Any, str],
+    inputs: Iterator[Array],
+    gathered: Any,
+) -> int:
     """Run the net on all inputs; leave everything as it was, and return how many there were."""
     used = 0
     with ExitStack() as stack:
@@ -180,20 +189,34 @@ def _gather(net: Any, blocks: dict[Block, str], inputs: Iterator[Array], gathere
         stack.enter_context(eager(blocks))
         for x in inputs:
             if not used:
-                _finish_initialization(net, blocks, x)
+                _finish_initialization(net, norms, x)
                 stack.callback(put_back, copies_of(hidden_states(blocks)))
-                for layer, path in norm_layers(blocks):
-                    hook = _GatheringHook(layer, path or layer.name, gathered)
+                hooks = {}
+                for layer, path in norms.items():
+                    hooks[layer] = hook = _GatheringHook(layer, path or layer.name, gathered)
                     stack.callback(hook.put_back)
-                    stack.callback(layer.register_forward_hook(hook).detach)
+                    if not isinstance(layer, HiddenNorm):
+                        stack.callback(layer.register_forward_hook(hook).detach)
+                for block in imported(blocks):
+                    stack.callback(_observe_graph(block, hooks).detach)
             net(x)
             used += 1
         mx.nd.waitall()  # for errors of what runs asynchronously
     return used
 
 
-def _finish_initialization(net: Any, blocks: dict[Block, str], x: Array) -> None:
-    if not all(values_of(layer.running_mean) for layer, _ in norm_layers(blocks)):
+def _observe_graph(block: Any, hooks: dict[Any, _GatheringHook]) -> Any:
+    """Call the hooks of the norms in an imported graph whenever it runs."""
+    hidden = [norm for norm in hooks if isinstance(norm, HiddenNorm)]
+
+    def enter(block: Any, inputs: tuple[Array, ...]) -> None:
+        GraphTwin(block, inputs, hidden, lambda norm, x, y: hooks[norm](norm, (x,), y)).enter()
+
+    return block.register_forward_pre_hook(enter)
+
+
+def _finish_initialization(net: Any, norms: Iterable[Any], x: Array) -> None:
+    if not all(values_of(layer.running_mean) for layer in norms):
         with autograd.predict_mode():
             net(x)
 
@@ -215,7 +238,8 @@ class _GatheringHook:
     def __init__(self, layer: Any, title: str, gathered: _Gathered) -> None:
         self._title = title
         self._gathered = gathered
-        own = own_parameters(layer).values()
+        hidden = isinstance(layer, HiddenNorm)
+        own = layer.parameters if hidden else own_parameters(layer).values()
         self._copies = copies_of(p for p in own if p.grad_req == "null")
 
     def put_back(self) -> None:

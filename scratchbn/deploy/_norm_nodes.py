@@ -20,6 +20,8 @@ from ..backends.marker import PARAMETERS as PARAMETERS
 from ..backends.marker import read_description
 
 CUDNN_LEAST_EPSILON = 1e-5
+# The option use_global_stats as it was before a norm was frozen, of nodes and descriptions alike.
+BEFORE_FREEZE = "__use_global_stats_before_freeze__"
 
 # What MXNet computes with where a file does not state eps: a float in C.
 _EPSILON = float(np.float32(1e-3))

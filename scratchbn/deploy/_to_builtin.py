@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
+from .._conversion_report import ConversionReport, Entry
 from .._graph.nodes import Graph, Output
 from ..backends.marker import KEY as MARKER
-from ..convert import ConversionReport, Entry
 from ._norm_nodes import (
+    BEFORE_FREEZE,
     CUDNN_LEAST_EPSILON,
     PARAMETERS,
     check_parameters,
@@ -82,6 +83,8 @@ def _attributes(description: Mapping[str, Any]) -> dict[str, str]:
     }
     if description["epsilon"] < CUDNN_LEAST_EPSILON:
         attrs["cudnn_off"] = "True"
+    if BEFORE_FREEZE in description:
+        attrs[BEFORE_FREEZE] = str(description[BEFORE_FREEZE])
     return attrs
 
 

@@ -12,13 +12,14 @@ import numpy as np
 from mxnet import autograd
 from mxnet.gluon import Block
 
+from .._conversion_report import ConversionReport, Entry
 from .._graph.nodes import Graph, Node, Output
 from .._net import BATCH_NORM_OPERATORS
 from ..backends.marker import KEY as MARKER
-from ..convert import ConversionReport, Entry
 from ..layer import ScratchBatchNorm, ScratchBatchNormReLU
 from ._inference import infer_types
 from ._norm_nodes import (
+    BEFORE_FREEZE,
     PARAMETERS,
     check_parameters,
     epsilon_of,
@@ -27,6 +28,7 @@ from ._norm_nodes import (
     out_of_reach,
     with_more_outputs,
 )
+from ._training_graph import ends_layer
 
 _LAYERS = {
     "BatchNorm": ScratchBatchNorm,
@@ -38,18 +40,27 @@ _SYNC = "it normalized over all devices, each device now has statistics of its o
 
 
 @dataclass(frozen=True)
-class _Call:
-    """A ``BatchNorm`` node, the names of its parameters by role, and the layer that replaces it."""
+class Call:
+    """The last node of a norm, its parameters' names by role, and the layer that replaces it.
+
+    `more` is put into the description of the layer.
+    """
 
     node: Node
     names: dict[str, str]
     layer: ScratchBatchNorm
+    more: dict[str, bool]
+
+    @property
+    def source(self) -> Output:
+        """What is normalized."""
+        return self.node.inputs[1 if ends_layer(self.node) else 0]
 
 
 class _Calls(Block):
     """Layers called one after another in one trace, so that each sees what was written before."""
 
-    def __init__(self, calls: list[_Call]) -> None:
+    def __init__(self, calls: list[Call]) -> None:
         super().__init__(prefix="")
         self._calls = calls
 
@@ -83,18 +94,20 @@ def to_scratch(graph: Graph, values: Mapping[str, Any]) -> ConversionReport:
             layers[statistics] = settings, _layer(node, names["running_mean"], dtype, taken)
         first, layer = layers[statistics]
         if first == settings:
-            calls.append(_Call(node, names, layer))
+            before = node.attrs.get(BEFORE_FREEZE)
+            kept = {} if before is None else {BEFORE_FREEZE: before == "True"}
+            calls.append(Call(node, names, layer, kept))
         else:
             shared = f"it shares its running statistics with {layer.prefix}"
             skipped.append((node, f"{shared}, and differs otherwise"))
     converted = [_entry(call, f"now {type(call.layer).__name__}") for call in calls]
     notes = [_entry(call, _SYNC) for call in calls if call.node.op == "_contrib_SyncBatchNorm"]
-    _graft(graph, calls)
+    graft(graph, calls)
     left = [Entry(node.name, node.name, node.op, reason) for node, reason in skipped]
     return ConversionReport(tuple(converted), tuple(left), tuple(notes))
 
 
-def _entry(call: _Call, text: str) -> Entry:
+def _entry(call: Call, text: str) -> Entry:
     return Entry(call.layer.prefix.rstrip("_"), call.node.name, call.node.op, text)
 
 
@@ -139,7 +152,7 @@ def _layer(
     return layer
 
 
-def _graft(graph: Graph, calls: list[_Call]) -> None:
+def graft(graph: Graph, calls: list[Call]) -> None:
     """Put the training graph of each call in the place of its node."""
     if not calls:
         return
@@ -148,12 +161,12 @@ def _graft(graph: Graph, calls: list[_Call]) -> None:
         traced = Graph(mx.sym.Group(_Calls(calls)(*stand_ins)))
     replacements = {Output(call.node): head for call, head in zip(calls, traced.heads)}
     inputs: dict[str, Output] = {}
+    known = graph.variables()
     variables: dict[str, Node] = {}
     for call, stand_in in zip(calls, stand_ins):
-        source = call.node.inputs[0]
-        inputs[stand_in.name] = replacements.get(source, source)
-        for role, parameter in zip(PARAMETERS, call.node.inputs[1:]):
-            variables[getattr(call.layer, role).name] = parameter.node
+        inputs[stand_in.name] = replacements.get(call.source, call.source)
+        for role, name in call.names.items():
+            variables[getattr(call.layer, role).name] = known[name]
 
     def connected(source: Output) -> Output:
         if not source.node.is_variable:
@@ -170,6 +183,7 @@ def _graft(graph: Graph, calls: list[_Call]) -> None:
         node.name = call.node.name
         while MARKER not in node.attrs:  # a relu, a cast
             node = node.inputs[0].node
-        description = {**json.loads(node.attrs[MARKER]), **call.names}
+        roles = {role: call.names[role] for role in PARAMETERS}
+        description = {**json.loads(node.attrs[MARKER]), **roles, **call.more}
         node.attrs[MARKER] = json.dumps(description, sort_keys=True)
     graph.replace(replacements)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from .._checks import check_choice
+from .._conversion_report import ConversionReport
 from .._graph.nodes import Graph
-from ..convert import ConversionReport
 from ._files import load_params, load_symbol, plain_name
 from ._to_builtin import to_builtin
 from ._to_scratch import to_scratch

@@ -66,13 +66,15 @@ class Monitor:
     Warns
     -----
     UserWarning
-        If there is batch normalization in the graph of a ``SymbolBlock``, where it cannot be
-        observed; and once if no norm layer ran in an observed step.
+        If there is batch normalization in the graph of a ``SymbolBlock`` that does not tell its
+        options (in a loop, of a variant) and is not observed; and once if no norm layer ran in an
+        observed step.
 
     Notes
     -----
     In a hybridized net an observed step runs a second graph of the same operators that also returns
     the inputs and outputs of the norm layers. It is traced once, and the net's own graph stays.
+    The graph of a ``SymbolBlock`` is observed in the same way.
     Layers in the body of a ``contrib.foreach`` are observed in eager nets only, and so are nets
     that were partitioned for a backend.
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import mxnet as mx
 from mxnet import autograd
-from mxnet.gluon import Block, HybridBlock
+from mxnet.gluon import Block, HybridBlock, SymbolBlock
 
 from .._graph.arrays import is_symbol
-from .._net import accepts, blocks_of, may_be_traced, norm_layers, runs_own_graph
+from .._hidden import hidden_norms, imported
+from .._net import accepts, blocks_of, norm_layers, runs_own_graph
 from .measure import MeasuredBatch
 from .twin import GraphTwin
 
@@ -23,11 +24,14 @@ class Observer:
 
     def __init__(self, blocks: dict[Block, str]) -> None:
         self.is_on = True
-        self.layers = [layer for layer, _ in norm_layers(blocks)]
+        layers = [layer for layer, _ in norm_layers(blocks)]
+        hidden = hidden_norms(blocks)
+        self.layers: list[Any] = [*layers, *hidden]
         self._measured: Measured = defaultdict(list)
         self._twins: dict[HybridBlock, GraphTwin] = {}
-        self._hooks = [layer.register_forward_hook(self._after_layer) for layer in self.layers]
-        for block in _parents(blocks, set(self.layers)):
+        self._hooks = [layer.register_forward_hook(self._after_layer) for layer in layers]
+        graphs = {block for block in imported(blocks) if hidden_norms({block: ""})}
+        for block in _parents(blocks, set(layers) | graphs):
             self._hooks.append(block.register_forward_pre_hook(self._before_block))
 
     def take(self) -> Measured:
@@ -69,9 +73,11 @@ class Observer:
 
 
 def _parents(blocks: dict[Block, str], layers: set[Any]) -> list[Block]:
-    """Return the blocks above a norm layer that can be hybridized."""
+    """Return the blocks that may run a graph with a norm: those above one, and imported ones."""
     return [
         block
         for block in blocks
-        if may_be_traced(block) and block not in layers and not layers.isdisjoint(blocks_of(block))
+        if isinstance(block, HybridBlock)
+        and (block not in layers or isinstance(block, SymbolBlock))
+        and not layers.isdisjoint(blocks_of(block))
     ]

@@ -11,9 +11,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import mxnet as mx
+from mxnet.gluon import Block
 
 from .._graph.arrays import is_symbol
 from .._graph.trace import executing
+from .._hidden import HiddenNorm, with_observed
 from .._net import build_cached_op, cached_op, inputs_of_cached_op, retrace, set_cached_op
 from ..backends import get_backend, use_backend
 
@@ -27,7 +29,8 @@ class GraphTwin:
     It is a CachedOp by duck typing. Gluon calls whatever it finds in that place with the block's
     inputs and Parameters, and takes a list of results: a `__call__` is all it needs, and
     `_register_op_hook` if the user has set such a hook. `observe` is then called with the layer,
-    input and output of each call of one of the `layers`.
+    input and output of each call of one of the `layers`, of those that are nodes of an imported
+    graph (:class:`~scratchbn._hidden.HiddenNorm`) too.
     """
 
     def __init__(
@@ -44,17 +47,23 @@ class GraphTwin:
         self._op: Any = None
         # The layers may have been traced with another backend than would be chosen now. The order
         # of a graph's inputs tells: the compiled operator reads gamma before the statistics.
+        blocks = [layer for layer in layers if isinstance(layer, Block)]
+        hidden = [layer for layer in layers if isinstance(layer, HiddenNorm)]
         for backend in dict.fromkeys((get_backend(), "auto", "portable")):
-            with use_backend(backend), executing(), _calls_of(layers) as calls:
+            with use_backend(backend), executing(), _calls_of(blocks) as calls:
                 data, graph = retrace(block, inputs)
             results = list(graph.as_nd_ndarray())
             observable = _inside(results, calls)
             pairs = [array for _, *pair in observable for array in pair]
             symbol = mx.sym.Group([*results, *map(mx.sym.BlockGrad, pairs)])
+            observed = [layer for layer, *_ in observable]
+            if hidden:
+                symbol, more = with_observed(symbol, hidden)
+                observed += more
             arguments = inputs_of_cached_op(block, data)
-            if observable and symbol.list_inputs() == [name for _, name in arguments]:
+            if observed and symbol.list_inputs() == [name for _, name in arguments]:
                 self._length = len(results)
-                self._layers = [layer for layer, *_ in observable]
+                self._layers = observed
                 self._op = _compiled(symbol, graph, [is_data for is_data, _ in arguments])
                 break
 

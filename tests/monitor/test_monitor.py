@@ -682,15 +682,18 @@ def test_a_step_without_training_warns_once(device):
     assert len(caught) == 1
 
 
-def test_layers_in_imported_graphs_are_reported(device, rng, tmp_path):
+def test_layers_in_imported_graphs_are_observed(device, rng, tmp_path):
     _, net = one_layer(ScratchBatchNorm, device, "hybrid")
     net(array(rng.normal(size=(6, 4)), device, "float32"))
     net.export(str(tmp_path / "net"))
     files = [str(tmp_path / f"net-{name}") for name in ("symbol.json", "0000.params")]
     with pytest.warns(UserWarning):
         imported = SymbolBlock.imports(files[0], ["data"], files[1], ctx=device)
-    with pytest.warns(UserWarning, match="1 batch normalizations are nodes of its graph and are"):
-        Monitor(imported).close()
+    with Monitor(imported) as monitor:
+        with autograd.record():
+            imported(array(rng.normal(size=(6, 4)), device, "float32"))
+        monitor.step()
+    assert len(monitor.records) == 1
 
 
 # --- the documentation --------------------------------------------------------------------------

@@ -1,0 +1,78 @@
+"""Nets of any rank under MXNet's executors, which fuse what Gluon's graphs leave apart."""
+
+from scratchbn import ScratchBatchNorm, convert_files
+from scratchbn.deploy import fold
+
+# isort: split
+import mxnet as mx
+import numpy as np
+import pytest
+from mxnet.gluon import nn
+
+
+def residual(rank, channels):
+    kernel, pad = (3,) * (rank - 2), (1,) * (rank - 2)
+
+    def part(x, i):
+        options = {"kernel": kernel, "pad": pad, "num_filter": channels, "no_bias": True}
+        return mx.sym.BatchNorm(
+            mx.sym.Convolution(x, name=f"conv{i}", **options), name=f"bn{i}", fix_gamma=False
+        )
+
+    shortcut = mx.sym.relu(part(mx.sym.var("data"), 0))
+    return part(shortcut, 1) + shortcut
+
+
+def values_for(symbol, shape, rng):
+    shapes, _, more = symbol.infer_shape(data=shape)
+    named = [*zip(symbol.list_arguments(), shapes), *zip(symbol.list_auxiliary_states(), more)]
+    return {n: mx.nd.array(rng.uniform(0.5, 1.5, s) / 4) for n, s in named if n != "data"}
+
+
+def run(symbol, values, x, is_train):
+    held = {**values, "data": x}
+    executor = symbol.bind(
+        mx.cpu(),
+        {name: held[name] for name in symbol.list_arguments()},
+        aux_states={name: held[name].copy() for name in symbol.list_auxiliary_states()},
+        grad_req="null",
+    )
+    return executor.forward(is_train=is_train)[0].asnumpy()
+
+
+@pytest.mark.parametrize("is_train", [False, True])
+@pytest.mark.parametrize("channels", [4, 8, 16, 64])
+@pytest.mark.parametrize("rank", [3, 4, 5])
+def test_a_converted_net_runs_in_an_executor(rank, channels, is_train):
+    rng = np.random.default_rng(0)
+    shape = (2, 3, *(4, 6, 6)[: rank - 2])
+    symbol, x = residual(rank, channels), mx.nd.array(rng.normal(size=shape))
+    values = values_for(symbol, shape, rng)
+    expected = run(symbol, values, x, is_train)
+    ours = convert_files(symbol, values, to="scratch")[0]
+    np.testing.assert_allclose(
+        run(ours, values, x, is_train), expected, rtol=1e-3, atol=1e-3 * abs(expected).max()
+    )
+    for style in () if is_train else ("dwconv", "affine", "batchnorm"):
+        folded, constants, _ = fold(symbol, values, shapes={"data": shape}, style=style)
+        y = run(folded, constants, x, is_train=False)
+        np.testing.assert_allclose(y, expected, rtol=1e-3, atol=1e-3 * abs(expected).max())
+
+
+@pytest.mark.parametrize("channels", [8, 16, 64])
+def test_an_exported_net_runs_in_a_module(channels, tmp_path):
+    net = nn.HybridSequential()
+    net.add(nn.Conv3D(channels, 3, in_channels=3), ScratchBatchNorm(), nn.Activation("relu"))
+    net.add(nn.Conv3D(channels, 3, padding=1), ScratchBatchNorm())
+    net.initialize()
+    net.hybridize()
+    x = mx.nd.random.normal(shape=(2, 3, 4, 6, 6))
+    expected = net(x).asnumpy()
+    net.export(str(tmp_path / "net"))
+    symbol, values, states = mx.model.load_checkpoint(str(tmp_path / "net"), 0)
+    module = mx.mod.Module(symbol, label_names=None)
+    module.bind([("data", x.shape)], for_training=False)
+    module.set_params(values, states)
+    module.forward(mx.io.DataBatch([x]), is_train=False)
+    (y,) = module.get_outputs()
+    np.testing.assert_allclose(y.asnumpy(), expected, rtol=1e-4, atol=1e-5)
