@@ -31,11 +31,14 @@ def values_for(symbol, shape, rng):
 
 def run(symbol, values, x, is_train):
     held = {**values, "data": x}
+    arguments = {name: held[name] for name in symbol.list_arguments()}
     executor = symbol.bind(
         mx.cpu(),
-        {name: held[name] for name in symbol.list_arguments()},
+        arguments,
+        # Without gradients MXNet fuses as for inference, whatever is_train says.
+        args_grad={n: v.zeros_like() for n, v in arguments.items()} if is_train else None,
         aux_states={name: held[name].copy() for name in symbol.list_auxiliary_states()},
-        grad_req="null",
+        grad_req="write" if is_train else "null",
     )
     return executor.forward(is_train=is_train)[0].asnumpy()
 
