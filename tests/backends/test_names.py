@@ -85,7 +85,8 @@ def test_a_hook_sees_the_output_of_a_compiled_layer(shape):
         y.backward()
         mx.nd.waitall()
     assert y.shape == shape
-    assert b"bn_fwd_output" in seen or "bn_fwd_output" in seen
+    # MXNet numbers the outputs that its operators do not name; a copy that names them costs time.
+    assert "bn_fwd_0" in [mx.base.py_str(name) for name in seen]
 
 
 def test_features_are_cut_out_of_an_exported_net(tmp_path):
