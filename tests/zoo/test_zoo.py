@@ -4,6 +4,8 @@ import json
 from dataclasses import dataclass, field
 
 from scratchbn import ScratchBatchNorm, freeze, to_builtin, to_scratch, unfreeze
+from scratchbn._hidden import hidden_norms
+from scratchbn._net import BATCH_NORM_OPERATORS, blocks_of, graph_of
 
 import mxnet as mx
 import numpy as np
@@ -462,9 +464,18 @@ def test_a_net_that_supports_the_built_in_only_is_converted():
         ("center_net_resnet18_v1b_voc", {"norm_kwargs": {"scale": False}}, ValueError, "scale"),
         ("resnet18_v1b_0.89", {"norm_kwargs": {"momentum": None}}, ValueError, "norm_kwargs=.*"),
         ("resnet18_v1", {"layers": 3}, TypeError, "layers"),
-        ("ssd_300_mobilenet0.25_voc", {}, ValueError, "features .*batch normalizations are nodes"),
     ],
 )
 def test_what_cannot_be_built_is_refused(name, options, error, text):
     with pytest.raises(error, match=text):
         zoo.get_model(name, **options)
+
+
+def test_norms_that_are_nodes_of_a_graph_are_ours_too():
+    """The backbone of these detectors is a SymbolBlock."""
+    blocks = blocks_of(zoo.get_model("ssd_300_mobilenet0.25_voc"))
+    assert len(hidden_norms(blocks)) >= 20
+    graphs = [graph_of(block).tojson() for block in blocks if isinstance(block, SymbolBlock)]
+    operators = {node["op"] for graph in graphs for node in json.loads(graph)["nodes"]}
+    assert "sgd_mom_update" in operators
+    assert not operators & BATCH_NORM_OPERATORS
