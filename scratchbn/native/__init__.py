@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ._build import BackendError, compile_library, compiler, library_path, no_compiler
-from ._operator import batch_norm
+from ._operator import OPERATOR, batch_norm, register
 
 __all__ = [
+    "OPERATOR",
     "BackendError",
     "available",
     "batch_norm",
@@ -38,10 +39,8 @@ class _Kernel:
         """Load a library, once: twice would replace the operator in use."""
         import mxnet as mx
 
-        from ._operator import NAME, register
-
         try:
-            if not hasattr(mx.nd._internal, NAME):
+            if not hasattr(mx.nd._internal, OPERATOR):
                 register(path)
         except mx.MXNetError as error:
             raise BackendError(f"MXNet could not load {path}: {error}") from error

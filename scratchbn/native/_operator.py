@@ -6,7 +6,7 @@ import ctypes
 from pathlib import Path
 from typing import Any
 
-NAME = "_scratchbn_batch_norm"
+OPERATOR = "_scratchbn_batch_norm"
 
 
 def register(path: Path) -> None:
@@ -22,14 +22,14 @@ def register(path: Path) -> None:
 
     check_call(_LIB.MXLoadLib(c_str(str(path)), ctypes.c_uint(0)))
     handle = OpHandle()
-    check_call(_LIB.NNGetOpHandle(c_str(NAME), ctypes.byref(handle)))
+    check_call(_LIB.NNGetOpHandle(c_str(OPERATOR), ctypes.byref(handle)))
     for module, make in (
         (mx.nd._internal, _make_ndarray_function),
         (mx.sym._internal, _make_symbol_function),
     ):
-        function = make(handle, NAME, NAME)
+        function = make(handle, OPERATOR, OPERATOR)
         function.__module__ = module.__name__
-        setattr(module, NAME, function)
+        setattr(module, OPERATOR, function)
 
 
 def batch_norm(

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from typing import Optional
 
 from ..._graph.nodes import Graph, Node, Output
+from ...native import OPERATOR
 from ..marker import KEY, PARAMETERS, read_description
-
-OPERATOR = "_scratchbn_batch_norm"  # the compiled one
 
 
 @dataclass(eq=False)

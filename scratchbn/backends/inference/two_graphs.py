@@ -12,9 +12,10 @@ import numpy as np
 from mxnet import autograd
 
 from ..._graph.nodes import Graph
+from ...native import OPERATOR
 from ..choice import get_backend
 from ..marker import KEY
-from .calls import OPERATOR, Call, compiled, described
+from .calls import Call, compiled, described
 from .factors import Fact
 from .rewrite import rewrite
 from .switch import inference_graph
