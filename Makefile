@@ -1,18 +1,35 @@
-# `make train` and `make test` each set everything up first, on a machine with Python 3.9 to 3.11.
+# `make help` lists the targets.
 
-PYTHON ?= python3
+SHELL := /bin/bash
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test test-cu112 parity bench lint check sanitize soak clean lock
+# PYTHON is the interpreter that was named, else what the environment is made with, else the first
+# that MXNet 1.9.1 can use. An environment of another version is made anew.
+RIGHT := import sys; sys.exit(not (3, 9) <= sys.version_info < (3, 12))
+VERSION := import sys; print("%d.%d" % sys.version_info[:2])
+HAS := $(shell $(BIN)/python -c '$(VERSION)' 2>/dev/null)
+ifeq ($(origin PYTHON),undefined)
+  PYTHON := $(or $(shell for python in python3 python3.11 python3.10 python3.9; do \
+    $$python -c '$(RIGHT)' 2>/dev/null && echo $$python && break; done),python3)
+  WANTED := $(or $(HAS),new)
+else
+  WANTED := $(shell $(PYTHON) -c '$(VERSION)' 2>/dev/null || echo missing)
+endif
+STALE := $(if $(filter-out $(WANTED),$(HAS))$(filter-out $(HAS),$(WANTED)),rebuild)
+
+.PHONY: help train test test-cu112 parity bench lint check sanitize soak pythons clean lock rebuild
 .DELETE_ON_ERROR:
 
+# Train LeNet on MNIST with our layer and with nn.BatchNorm; ARGS=--help for the options.
 train: $(READY)
 	$(BIN)/python scripts/train_lenet.py $(ARGS)
 
+# Linters, types, tests, and the examples in the documentation; PYTHON=python3.9 for another Python.
 test: lint check
 
+# The tests alone; ARGS="-k words" for some of them.
 check: $(READY)
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
@@ -24,11 +41,12 @@ parity: $(READY)
 bench: $(READY)
 	$(BIN)/python scripts/benchmark.py $(ARGS)
 
-# The kernel's and the contract's tests on a kernel that GCC's sanitizers watch, built beside the
-# usual one; what Python and MXNet leak at exit is not reported. ARGS="-k blocked" for some of them.
+# What Python and MXNet leak at exit is not reported.
 SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 SANITIZED := CXX=g++ SCRATCHBN_CACHE=$(CURDIR)/build/sanitize SCRATCHBN_CXXFLAGS="$(SANITIZE)" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+
+# The kernel's and the contract's tests on a kernel that GCC's sanitizers watch; ARGS="-k blocked".
 sanitize: $(READY)
 	$(SANITIZED) $(BIN)/python -c "from scratchbn import native; native.build()"
 	$(SANITIZED) LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
@@ -38,6 +56,7 @@ sanitize: $(READY)
 soak: $(READY)
 	$(BIN)/python scripts/soak.py $(ARGS)
 
+# Linters and types alone.
 lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -47,22 +66,40 @@ lint: $(READY)
 test-cu112: $(READY)
 	$(BIN)/python scripts/suite_on_cu112.py $(ARGS)
 
-$(READY): requirements.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 9) <= sys.version_info < (3, 12))' || \
-	  { echo "MXNet 1.9.1 needs Python 3.9 to 3.11; name one with 'make PYTHON=...'" >&2; exit 1; }
-	@$(PYTHON) -m venv $(VENV) || \
+$(READY): requirements.lock pyproject.toml $(STALE)
+	@command -v $(PYTHON) >/dev/null || \
+	  { echo "no interpreter '$(PYTHON)' here: name one with 'make PYTHON=...'" >&2; exit 1; }
+	@$(PYTHON) -c '$(RIGHT)' || \
+	  { echo "MXNet 1.9.1 needs Python 3.9 to 3.11, '$(PYTHON)' is $$($(PYTHON) -V 2>&1):" \
+	    "name one with 'make PYTHON=...'" >&2; exit 1; }
+	@$(PYTHON) -m venv $(if $(STALE),--clear) $(VENV) || \
 	  { echo "no venv module; on Debian: apt-get install python3-venv" >&2; exit 1; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
-	$(BIN)/python -m scratchbn build-native || echo "without the compiled kernel everything works, slower"
-	$(BIN)/python -m scratchbn doctor > $(VENV)/doctor.txt || { cat $(VENV)/doctor.txt >&2; exit 1; }
+	@$(BIN)/python scripts/install.py
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@$(BIN)/python -m scratchbn build-native || echo "without the compiled kernel everything works, slower"
+	@$(BIN)/python -m scratchbn doctor > $(VENV)/doctor.txt || { cat $(VENV)/doctor.txt >&2; exit 1; }
 	@touch $@
 
-# The versions that `make` installs; run after a change of the dependencies in pyproject.toml.
+# The versions that `make` installs, for each Python; after a change of dependencies in pyproject.toml.
 lock: $(READY)
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile pyproject.toml --extra dev --python-version 3.11 --quiet \
-	  --no-annotate --no-header --no-emit-index-url --no-emit-find-links -o requirements.lock
+	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.9 --quiet \
+	  --no-python-downloads --no-annotate --no-header --no-emit-index-url --no-emit-find-links \
+	  -o requirements.lock
 
+# `make test` on every Python of 3.9 to 3.11 that is found, each in an environment of its own.
+pythons:
+	@for version in 3.9 3.10 3.11; do \
+	  if python$$version -c '$(RIGHT)' 2>/dev/null; then \
+	    $(MAKE) --no-print-directory test PYTHON=python$$version VENV=.venv-$$version || exit 1; \
+	  else echo "python$$version: not here"; fi; \
+	done
+
+# This list.
+help:
+	@awk '/^#/ { text = text substr($$0, 2); next } \
+	  /^[a-z][a-z0-9-]*:/ { sub(":.*", ""); printf "make %-12s%s\n", $$0, text } { text = "" }' Makefile
+
+# Delete what can be made again.
 clean:
-	rm -rf $(VENV) .venv-cu112 build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

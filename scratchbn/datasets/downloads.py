@@ -159,7 +159,7 @@ def _explain(error: Exception, handled: BaseException | None = None) -> str:
     if response is not None:
         return f"HTTP status {response.status_code}"
     root: BaseException = error
-    while (inner := root.__cause__ or root.__context__) not in (None, handled):
+    while (inner := root.__cause__ or root.__context__) is not None and inner is not handled:
         root = inner
     stalled = f"no data for {STALL_SECONDS:g} s" if isinstance(root, socket.timeout) else ""
     text = getattr(root, "strerror", None) or stalled or str(root) or type(root).__name__

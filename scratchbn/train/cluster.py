@@ -102,7 +102,7 @@ class Cluster:
         """
         parts = _float32_parts(np.asarray(values, np.float64))
         known = self._shapes.get(name)
-        if known not in (None, parts.shape):
+        if known is not None and known != parts.shape:
             raise ValueError(
                 f"values of {name!r} must be of shape {known[1:]}, got {parts.shape[1:]}"
             )
