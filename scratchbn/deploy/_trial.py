@@ -43,13 +43,14 @@ class Trial:
     def runs(self) -> bool:
         """Tell whether both models run."""
         try:
-            self.faults()
+            _ = self.faults
         except ValueError:
             return False
         return True
 
+    @cached_property
     def faults(self) -> list[str | None]:
-        """Say of each output how it differs by more than rounding, None if it does not."""
+        """How each output differs by more than rounding, None if it does not."""
         return self.compare([tuple(pair) for pair in zip(*(graph.heads for graph in self.graphs))])
 
     def compare(self, pairs: Iterable[tuple[Output, Output]]) -> list[str | None]:
@@ -135,7 +136,7 @@ def first_wrong(trial: Trial) -> tuple[str, str]:
     faults = dict(zip(both, found))
     faults |= {name: None for (name, *_), fault in zip(pairs, found) if fault is None}
     heads = trial.graphs[1].heads
-    wrong = {head.node: fault for head, fault in zip(heads, trial.faults()) if fault}
+    wrong = {head.node: fault for head, fault in zip(heads, trial.faults) if fault}
     stack, seen = list(wrong), set(wrong)
     while stack:
         for source in stack.pop().inputs:

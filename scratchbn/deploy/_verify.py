@@ -115,7 +115,7 @@ def _verified(trial: Trial, about: Callable[[str], str]) -> list[tuple[str, str]
     Behind such a node both models go on with what the one before has computed.
     """
     jumps: list[tuple[str, str]] = []
-    while any(trial.faults()):
+    while any(trial.faults):
         nodes = not_of_rounding(trial)
         if not nodes:
             name, fault = first_wrong(trial)
