@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ._comparison import NOT_MADE, Comparison
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -39,6 +41,8 @@ class ConversionReport:
     converted, skipped, notes : tuple of Entry
         The converted layers; the normalization that was left alone, and why; converted layers
         whose results change, and how.
+    comparison : Comparison
+        Of files: how far the outputs are from those before, as was measured.
 
     Examples
     --------
@@ -49,6 +53,7 @@ class ConversionReport:
     converted: tuple[Entry, ...] = ()
     skipped: tuple[Entry, ...] = ()
     notes: tuple[Entry, ...] = ()
+    comparison: Comparison = NOT_MADE
 
     def __str__(self) -> str:
         lines = [f"{len(self.converted)} converted, {len(self.skipped)} skipped"]

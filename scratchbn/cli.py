@@ -81,10 +81,10 @@ def _fold(arguments: argparse.Namespace) -> int:
     """Fold the batch normalizations of an exported model into the layers before them."""
     from scratchbn import deploy
 
-    before, shapes = _model(arguments)
-    symbol, params, report = deploy.fold(*before, shapes=shapes, style=arguments.style)
+    before, options = _model(arguments)
+    symbol, params, report = deploy.fold(*before, style=arguments.style, **options)
     print(report)
-    _write_compared(before, (symbol, params), shapes, arguments.out)
+    _write(arguments, symbol, params, report)
     return 0
 
 
@@ -92,15 +92,15 @@ def _convert(arguments: argparse.Namespace) -> int:
     """Exchange ScratchBatchNorm and MXNet's BatchNorm in an exported model."""
     from scratchbn import convert_files
 
-    before, shapes = _model(arguments)
-    unknown = sorted(shapes.keys() - set(before[0].list_inputs()))
+    before, options = _model(arguments)
+    unknown = sorted(options["shapes"].keys() - set(before[0].list_inputs()))
     if unknown:
         raise ValueError(f"--shape must name an input of the symbol, got {unknown[0]!r}")
-    symbol, params, report = convert_files(*before, to=arguments.to)
+    symbol, params, report = convert_files(*before, to=arguments.to, **options)
     for entry in report.converted:
         print(entry)
     print(report)
-    _write_compared(before, (symbol, params), shapes, arguments.out)
+    _write(arguments, symbol, params, report)
     return 0
 
 
@@ -115,38 +115,42 @@ def _infer_symbol(arguments: argparse.Namespace) -> int:
     """Write a symbol for inference beside an exported one, for the same parameter file."""
     from scratchbn import deploy
 
-    path = deploy.write_inference_symbol(
-        arguments.symbol, arguments.out, params=arguments.params, shapes=dict(arguments.shape)
+    path, comparison = deploy.write_compared(
+        arguments.symbol,
+        arguments.out,
+        params=arguments.params,
+        shapes=dict(arguments.shape),
+        verify=arguments.verify,
     )
+    print(_measured(arguments, comparison))
     print(f"written: {path}")
     return 0
 
 
 def _model(arguments: argparse.Namespace) -> tuple[tuple[Any, Any], dict[str, Any]]:
-    """Read the model, and the shapes of its inputs as far as they are stated."""
+    """Read the model, and the options of what rewrites it."""
     from scratchbn import deploy
 
     model = deploy.load_symbol(arguments.symbol), deploy.load_params(arguments.params)
-    return model, {**deploy.stated_shapes(*model), **dict(arguments.shape)}
+    return model, {"shapes": dict(arguments.shape), "verify": arguments.verify}
 
 
-def _write_compared(before: Any, after: Any, shapes: dict[str, Any], prefix: str) -> None:
+def _write(arguments: argparse.Namespace, symbol: Any, params: Any, report: Any) -> None:
     """Print how far a rewritten model is from the model it was, and write it."""
     from scratchbn import deploy
 
-    values = {deploy.plain_name(name): value for name, value in before[1].items()}
-    shapes = deploy.complete_shapes(before[0], values, shapes)
-    unknown = sorted(n for n in before[0].list_inputs() if min(shapes.get(n, ()), default=0) < 1)
-    if unknown:
-        print(f"largest difference: not measured, give --shape {unknown[0]}=N,C,...")
-    else:
-        try:
-            difference, size = deploy.largest_difference(before, after, shapes)
-            print(f"largest difference on random input: {difference:.1e}, of {size:.1e}")
-        except deploy.NotMeasuredError as error:
-            print(f"largest difference: not measured, {error}")
-    deploy.write_model(prefix, *after)
-    print(f"written: {prefix}-symbol.json, {prefix}-0000.params")
+    print(_measured(arguments, report.comparison))
+    deploy.write_model(arguments.out, symbol, params)
+    print(f"written: {arguments.out}-symbol.json, {arguments.out}-0000.params")
+
+
+def _measured(arguments: argparse.Namespace, comparison: Any) -> str:
+    """Return the line on what was measured."""
+    if not arguments.verify:
+        return "largest difference: not measured, because of --no-verify"
+    if comparison.unknown:
+        return f"largest difference: not measured, give --shape {comparison.unknown}=N,C,..."
+    return str(comparison)
 
 
 def _terminal() -> Any:
@@ -232,3 +236,5 @@ def _add_shape(option: Callable[..., Any]) -> None:
     option(
         "--shape", action="append", default=[], type=named_shape, metavar="NAME=N,C,...", help=shape
     )
+    no = "write the model even if its outputs are wrong: they are not compared"
+    option("--no-verify", dest="verify", action="store_false", help=no)

@@ -10,14 +10,13 @@ one for training.
 from ._builtin_copy import builtin_copy
 from ._files import load_params as load_params
 from ._files import load_symbol as load_symbol
-from ._files import plain_name as plain_name
-from ._files import stated_shapes as stated_shapes
 from ._files import write_model as write_model
 from ._inference import complete_shapes as complete_shapes
 from ._report import FoldReport
 from .check import NotMeasuredError as NotMeasuredError
 from .check import largest_difference as largest_difference
 from .export import export_inference, fold
+from .inference_symbol import write_compared as write_compared
 from .inference_symbol import write_inference_symbol
 from .onnx import export_onnx
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from ast import literal_eval
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +132,15 @@ def stated_shapes(symbol: Any, params: Mapping[str, Any]) -> dict[str, tuple[int
         except (ValueError, SyntaxError, TypeError) as error:
             raise ValueError(f"attribute __shape__ of {name!r} is no shape: {text!r}") from error
     return shapes
+
+
+def known_shapes(
+    symbol: Any, params: Mapping[str, Any], given: Mapping[str, Iterable[int]] | None
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a symbol's inputs, stated or given; ValueError if one is no input."""
+    inputs = [name for name in symbol.list_inputs() if name not in params]
+    for name in given or {}:
+        if name not in inputs:
+            raise ValueError(f"shapes must name inputs ({', '.join(inputs)}), got {name!r}")
+    more = {name: tuple(shape) for name, shape in (given or {}).items()}
+    return {**stated_shapes(symbol, params), **more}

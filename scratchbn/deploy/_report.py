@@ -1,9 +1,10 @@
-"""What folding did, as data that prints as a table."""
+"""What folding did, and what was measured of it, as data that prints."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .._comparison import NOT_MADE, Comparison
 from .._text import table
 
 
@@ -28,10 +29,13 @@ class FoldReport:
     kept : tuple of Outcome
         Those that are still computed, each with the operator that does it, and the reason.
         An Outcome has the attributes `node`, `result` and `because`.
+    comparison : Comparison
+        How far the outputs are from those before, as was measured.
     """
 
     folded: tuple[Outcome, ...]
     kept: tuple[Outcome, ...]
+    comparison: Comparison = NOT_MADE
 
     def __str__(self) -> str:
         summary = f"{len(self.folded)} folded, {len(self.kept)} kept"

@@ -14,6 +14,7 @@ from mxnet.gluon.parameter import DeferredInitializationError
 from .._graph.nodes import Graph
 from .._net import averaged, blocks_of, flatten, regroup, without_hooks
 from .._text import first_line
+from ..backends import use_backend
 from ..backends.marker import inference_markers
 from ._lower import lower
 from ._norm_nodes import PARAMETERS, descriptions
@@ -35,6 +36,12 @@ def lowered(
     dtypes = {name: array.dtype for name, array in inputs.items()}
     symbol, values, report = lower(graph, values, shapes, dtypes, folding=folding, style=style)
     return symbol, values, inputs, report
+
+
+def training_model(net: Block, example_inputs: tuple[Any, ...]) -> tuple[Any, dict[str, Any]]:
+    """Return the graph of a net that is not lowered, and its parameters."""
+    symbol, inputs = traced(net, example_inputs, use_backend("portable"))
+    return symbol, values_of(net, [name for name in symbol.list_inputs() if name not in inputs])
 
 
 def traced(

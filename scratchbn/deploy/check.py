@@ -1,4 +1,4 @@
-"""Run models that exist as symbol and parameters, and say how far their outputs are apart."""
+"""Run models that exist as symbol and parameters, and say how far results are apart."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from ._inference import complete_shapes, infer_types
 __all__ = ["NotMeasuredError", "largest_difference"]
 
 _FUSION = "MXNET_SUBGRAPH_BACKEND"
+# Relative to each number, and to the largest of its array.
+_TOLERANCES = {"float64": (1e-6, 1e-7), "float32": (1e-3, 2e-5), "float16": (2e-2, 5e-3)}
 
 Model = tuple[Any, Mapping[str, Any]]
 
@@ -45,7 +47,17 @@ def largest_difference(
     ValueError
         If the inputs do not fit, or only the model after cannot run.
     """
-    symbol, params = before
+    inputs = random_inputs(before, shapes)
+    try:
+        expected = run_symbol(*before, inputs)
+    except ValueError as error:
+        raise NotMeasuredError(str(error)) from error
+    return compare_outputs(run_symbol(*after, inputs), expected)
+
+
+def random_inputs(model: Model, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Return N(0, 1) for the inputs of a model, whose shapes have to be known and to fit it."""
+    symbol, params = model
     values = {plain_name(name): value for name, value in params.items()}
     try:
         shapes = complete_shapes(symbol, values, shapes)
@@ -59,16 +71,18 @@ def largest_difference(
         raise ValueError(f"the model does not take {dict(shapes)}: {first_line(error)}") from error
     types, _ = infer_types(symbol, values, {})
     rng = np.random.default_rng(0)
-    inputs = {
+    return {
         name: mx.nd.array(rng.normal(size=shape), dtype=types.get(name, np.float32))
         for name, shape in shapes.items()
         if name not in values
     }
-    try:
-        expected = run_symbol(*before, inputs)
-    except ValueError as error:
-        raise NotMeasuredError(str(error)) from error
-    return compare_outputs(run_symbol(*after, inputs), expected)
+
+
+def varied(array: np.ndarray) -> np.ndarray:
+    """Return random numbers in place of floating-point numbers that are all the same."""
+    if array.dtype.kind != "f" or array.size < 2 or (array != array.flat[0]).any():
+        return array
+    return np.random.default_rng(0).normal(size=array.shape).astype(array.dtype)
 
 
 class NotMeasuredError(ValueError):
@@ -130,3 +144,38 @@ def compare_outputs(
         differences.append(float(np.abs(apart).max(initial=0)))
         sizes.append(float(np.abs(other).max(initial=0)))
     return math.inf if any(map(math.isnan, differences)) else max(differences), max(sizes)
+
+
+def disagreement(
+    got: np.ndarray, want: np.ndarray, *, types: bool = True, allowed: float | None = None
+) -> str | None:
+    """Say how a result differs from what it should be; None if it does not.
+
+    Numbers that are not finite have to be the same ones. `types` tells whether the types must be.
+    What is `allowed` is absolute, and what is usual for the type if it is not given.
+
+    >>> disagreement(np.array([1.0, 2.0]), np.array([1.0, 2.5]))
+    'it differs by 0.5 where the largest number is 2.5'
+    >>> disagreement(np.zeros((1, 2)), np.zeros(2))
+    'its shape is (1, 2) instead of (2,)'
+    """
+    if got.shape != want.shape:
+        return f"its shape is {got.shape} instead of {want.shape}"
+    if types and got.dtype != want.dtype:
+        return f"its type is {got.dtype} instead of {want.dtype}"
+    one, other = got.astype(np.float64), want.astype(np.float64)
+    finite = np.isfinite(other)
+    same = (one == other) | (np.isnan(one) & np.isnan(other))
+    if allowed is None:
+        relative, absolute = _TOLERANCES.get(str(want.dtype), (0.0, 0.0))
+        allowed = absolute * np.abs(other[finite]).max(initial=0)
+    else:
+        relative = 0.0
+    with np.errstate(invalid="ignore"):
+        close = np.abs(one - other) <= relative * np.abs(other) + allowed
+    if (same | (close & finite)).all():
+        return None
+    difference, size = compare_outputs([got], [want])
+    if not np.isfinite(difference):
+        return "it has other infinities or NaNs"
+    return f"it differs by {difference:.3g} where the largest number is {size:.3g}"

@@ -6,14 +6,16 @@ keep their names and values; only the operators between them change.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .._checks import check_choice
+from .._checks import check_choice, check_flag
 from .._conversion_report import ConversionReport
 from .._graph.nodes import Graph
-from ._files import load_params, load_symbol, plain_name
+from ._files import known_shapes, load_params, load_symbol, plain_name
 from ._to_builtin import to_builtin
 from ._to_scratch import to_scratch
+from ._verify import verified
 
 __all__ = ["TARGETS", "convert_files"]
 
@@ -21,7 +23,12 @@ TARGETS = {"builtin": to_builtin, "scratch": to_scratch}
 
 
 def convert_files(
-    symbol: Any, params: Any, *, to: str
+    symbol: Any,
+    params: Any,
+    *,
+    to: str,
+    shapes: Mapping[str, Iterable[int]] | None = None,
+    verify: bool = True,
 ) -> tuple[Any, dict[str, Any], ConversionReport]:
     """Exchange the batch normalizations of a model that exists as symbol and parameters.
 
@@ -39,6 +46,12 @@ def convert_files(
         Parameters, or a ``.params`` file. Names with or without ``arg:`` and ``aux:``.
     to : {'builtin', 'scratch'}
         What to turn the batch normalizations into.
+    shapes : mapping of str to tuple of int, optional
+        Shapes of the inputs, of those that the symbol does not state. Converting does not need
+        them; without them nothing can be compared, which ``report.comparison`` says.
+    verify : bool
+        Whether to compare both models on random input, N(0, 1), in inference, and refuse a
+        difference that rounding does not explain.
 
     Returns
     -------
@@ -56,8 +69,9 @@ def convert_files(
         If an argument is none of these.
     ValueError
         If `to` is neither of the two, a file is not what it should be, an operator is unknown, a
-        parameter is missing or of the wrong shape, or a layer has an option that ``BatchNorm``
-        does not have: ``momentum=None`` or ``unbiased_variance=True``.
+        parameter is missing or of the wrong shape, a layer has an option that ``BatchNorm`` does
+        not have (``momentum=None``, ``unbiased_variance=True``), `shapes` do not fit, or the
+        converted model is not the model; the node is named.
     OSError
         If a file cannot be read.
 
@@ -77,8 +91,13 @@ def convert_files(
     1
     """
     check_choice("to", to, TARGETS)
+    check_flag("verify", verify)
     symbol, params = load_symbol(symbol), load_params(params)
     values = {plain_name(name): value for name, value in params.items()}
+    known = known_shapes(symbol, values, shapes)
     graph = Graph(symbol)
     report = TARGETS[to](graph, values)
-    return graph.symbol(), params, report
+    converted = graph.symbol()
+    if verify:
+        report = verified(report, (symbol, values), (converted, values), known)
+    return converted, params, report

@@ -6,13 +6,21 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .._checks import check_choice, check_integer
+from .._checks import check_choice, check_flag, check_integer
 from .._graph.nodes import Graph
 from .._writing import PathLike, check_directory
-from ._files import load_params, load_symbol, named_for_file, plain_name, stated_shapes, write_model
+from ._files import (
+    known_shapes,
+    load_params,
+    load_symbol,
+    named_for_file,
+    plain_name,
+    write_model,
+)
 from ._lower import STYLES, lower
 from ._report import FoldReport
-from ._trace import lowered
+from ._trace import lowered, training_model
+from ._verify import verified
 
 __all__ = ["export_inference", "fold"]
 
@@ -26,6 +34,7 @@ def export_inference(
     fold: bool = True,
     style: str = "dwconv",
     epoch: int = 0,
+    verify: bool = True,
 ) -> FoldReport:
     """Write a net's inference graph as ``PREFIX-symbol.json`` and ``PREFIX-0000.params``.
 
@@ -55,19 +64,23 @@ def export_inference(
         with ``use_global_stats``, for programs that expect that operator.
     epoch : int
         The four digits in the name of the parameter file, 0 to 9999.
+    verify : bool
+        Whether to compare the files with the net before they are written, on the example inputs,
+        or on random ones of that shape if an example is the same number everywhere. A difference
+        that rounding does not explain is refused.
 
     Returns
     -------
     FoldReport
-        What was folded, what was kept, and why.
+        What was folded, what was kept, and why; and what was measured.
 
     Raises
     ------
     TypeError
         If `net` is no Block, an input no NDArray, or an option of the wrong type.
     ValueError
-        If an option or an input is wrong, a parameter has no value yet, or the net cannot be
-        traced.
+        If an option or an input is wrong, a parameter has no value yet, the net cannot be traced,
+        or the files would not be the net; the node is named.
     OSError
         If a file cannot be written.
 
@@ -99,7 +112,11 @@ def export_inference(
     if not 0 <= check_integer("epoch", epoch) <= 9999:
         raise ValueError(f"epoch must be between 0 and 9999, got {epoch!r}")
     check_directory(prefix)
-    symbol, values, _, report = lowered(net, example_inputs, folding=fold, style=style)
+    check_flag("verify", verify)
+    symbol, values, inputs, report = lowered(net, example_inputs, folding=fold, style=style)
+    if verify:
+        model = training_model(net, example_inputs)
+        report = verified(report, model, (symbol, values), {}, inputs=inputs)
     write_model(prefix, symbol, values, epoch)
     return report
 
@@ -110,6 +127,7 @@ def fold(
     *,
     shapes: Mapping[str, Iterable[int]] | None = None,
     style: str = "dwconv",
+    verify: bool = True,
 ) -> tuple[Any, dict[str, Any], FoldReport]:
     """Fold the batch normalizations of a model that exists as symbol and parameters.
 
@@ -125,9 +143,13 @@ def fold(
         Parameters, or a ``.params`` file. Names with or without ``arg:`` and ``aux:``.
     shapes : mapping of str to tuple of int, optional
         Shapes of the inputs. Folding does not need them; a norm that cannot be folded needs the
-        rank of its input, and stays a ``BatchNorm`` if that is not known.
+        rank of its input, and stays a ``BatchNorm`` if that is not known. Nor can anything be
+        compared then, which ``report.comparison`` says.
     style : {'dwconv', 'affine', 'batchnorm'}
         See :func:`export_inference`.
+    verify : bool
+        Whether to compare both models on random input, N(0, 1), and refuse a difference that
+        rounding does not explain.
 
     Returns
     -------
@@ -141,24 +163,23 @@ def fold(
     TypeError
         If an argument is none of these.
     ValueError
-        If a file is not what it should be, an operator is unknown, a parameter is missing, or
-        shapes do not match.
+        If a file is not what it should be, an operator is unknown, a parameter is missing, shapes
+        do not match, or the folded model is not the model; the node is named.
     OSError
         If a file cannot be read.
     """
     check_choice("style", style, STYLES)
+    check_flag("verify", verify)
     symbol, params = load_symbol(symbol), load_params(params)
+    before = symbol, params
     prefixed = any(name.startswith(("arg:", "aux:")) for name in params)
     values = {plain_name(name): value for name, value in params.items()}
     auxiliary = set(symbol.list_auxiliary_states())
     for name in symbol.list_inputs():
         if name not in values and (name in auxiliary or _PARAMETER_NAME.search(name)):
             raise ValueError(f"parameter {name!r} of the symbol is missing from params")
-    known = stated_shapes(symbol, values)
-    for name, shape in (shapes or {}).items():
-        if name not in symbol.list_inputs() or name in values:
-            inputs = [n for n in symbol.list_inputs() if n not in values]
-            raise ValueError(f"shapes must name inputs ({', '.join(inputs)}), got {name!r}")
-        known[name] = tuple(shape)
+    known = known_shapes(symbol, values, shapes)
     symbol, values, report = lower(Graph(symbol), values, known, {}, folding=True, style=style)
+    if verify:
+        report = verified(report, before, (symbol, values), known)
     return symbol, named_for_file(symbol, values) if prefixed else values, report

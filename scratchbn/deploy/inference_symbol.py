@@ -12,6 +12,8 @@ from typing import Any
 import mxnet as mx
 import numpy as np
 
+from .._checks import check_flag
+from .._comparison import NOT_MADE, Comparison
 from .._graph.nodes import Graph, Node, Output
 from .._net import BATCH_NORM_OPERATORS
 from .._text import first_line
@@ -19,16 +21,14 @@ from .._writing import PathLike, check_directory, write_text
 from ..backends.inference.calls import Call, described
 from ..backends.inference.factors import Fact
 from ..backends.inference.rewrite import has_bias_per_channel, rewrite
-from ._files import load_params, load_symbol, plain_name, stated_shapes
+from ._files import known_shapes, load_params, load_symbol, plain_name
 from ._lower.infer import ranks_of
 from ._norm_nodes import check_parameters, obstacle, with_more_outputs
-from .check import largest_difference
+from ._verify import verify as compare
 
 __all__ = ["write_inference_symbol"]
 
 _ENDING = "-symbol.json"
-# How far the two graphs may be apart on random input, in units of the largest output.
-_CLOSE = {"float64": 1e-8, "float32": 1e-3, "float16": 2e-2}
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -39,6 +39,7 @@ def write_inference_symbol(
     *,
     params: PathLike | None = None,
     shapes: Mapping[str, Iterable[int]] | None = None,
+    verify: bool = True,
 ) -> str:
     """Write a symbol file for inference beside that of an exported model.
 
@@ -62,6 +63,8 @@ def write_inference_symbol(
     shapes : mapping of str to tuple of int, optional
         Shapes of the inputs. With them and the parameters both graphs are run on random input
         and compared. They also tell the rank of a norm's input where the operators do not.
+    verify : bool
+        Whether to compare, and refuse a difference that rounding does not explain.
 
     Returns
     -------
@@ -74,7 +77,7 @@ def write_inference_symbol(
         If an argument is none of these.
     ValueError
         If a file is not what it should be, `path` is `symbol`, parameters or `shapes` do not fit,
-        or the graphs do not agree. Nothing is written.
+        or the graphs do not agree; the node is named. Nothing is written.
     OSError
         If a file cannot be read or written.
 
@@ -106,6 +109,19 @@ def write_inference_symbol(
     >>> bool(mx.nd.abs(served(x) - y).max() < 1e-5)
     True
     """
+    return write_compared(symbol, path, params=params, shapes=shapes, verify=verify)[0]
+
+
+def write_compared(
+    symbol: PathLike,
+    path: PathLike | None,
+    *,
+    params: PathLike | None,
+    shapes: Mapping[str, Iterable[int]] | None,
+    verify: bool,
+) -> tuple[str, Comparison]:
+    """Write a symbol file for inference; returns its path, and what was measured."""
+    check_flag("verify", verify)
     for name, value in (("symbol", symbol), ("path", path), ("params", params)):
         optional = name != "symbol" and value is None
         if not optional and not isinstance(value, (str, os.PathLike)):
@@ -119,11 +135,13 @@ def write_inference_symbol(
     before = load_symbol(source)
     values = {} if params is None else load_params(params)
     values = {plain_name(name): value for name, value in values.items()}
-    known = {**stated_shapes(before, values), **_checked(before, values, shapes or {})}
+    known = known_shapes(before, values, shapes)
     after = _inference_symbol(before, values, known)
-    _check_agreement((before, values), (after, values), known)
+    comparison = NOT_MADE
+    if verify:
+        comparison = compare((before, values), (after, values), known)
     write_text(target, after.tojson())
-    return str(target)
+    return str(target), comparison
 
 
 def _name(name: str) -> str:
@@ -137,16 +155,6 @@ def _newest(symbol: Path) -> Path | None:
     pattern = re.compile(re.escape(symbol.name.removesuffix(_ENDING)) + r"-\d{4}\.params")
     found = [p for p in symbol.parent.iterdir() if pattern.fullmatch(p.name)]
     return max(found, key=lambda p: (p.stat().st_mtime_ns, p.name), default=None)
-
-
-def _checked(
-    symbol: Any, values: Mapping[str, Any], shapes: Mapping[str, Iterable[int]]
-) -> dict[str, tuple[int, ...]]:
-    inputs = [name for name in symbol.list_inputs() if name not in values]
-    for name in shapes:
-        if name not in inputs:
-            raise ValueError(f"shapes must name inputs ({', '.join(inputs)}), got {name!r}")
-    return {name: tuple(shape) for name, shape in shapes.items()}
 
 
 def _inference_symbol(symbol: Any, values: Mapping[str, Any], shapes: Shapes) -> Any:
@@ -221,19 +229,3 @@ def _channels(call: Call, values: Mapping[str, Any]) -> int | None:
         return int(values[gamma].size)
     stated = before.attrs.get("num_filter", before.attrs.get("num_hidden"))
     return int(stated) if stated is not None and has_bias_per_channel(before) else None
-
-
-def _check_agreement(before: Any, after: Any, shapes: Shapes) -> None:
-    """Raise ValueError if two models do not agree, where there is all that is needed to run."""
-    symbol, values = before
-    if any(
-        min(shapes.get(n, (0,)), default=1) < 1 for n in symbol.list_inputs() if n not in values
-    ):
-        return
-    difference, size = largest_difference(before, after, shapes)
-    types = {np.dtype(value.dtype).name for value in values.values()}
-    limit = max((_CLOSE.get(name, 0.0) for name in types), default=0.0)
-    if not difference <= limit * max(size, 1):
-        raise ValueError(
-            f"the inference graph differs by {difference:.1e}, of {size:.1e}: it is not written"
-        )

@@ -276,9 +276,10 @@ def test_random_graphs(place, graph, style, stated):
             difference, size = compare_outputs([one], [y])
             assert difference <= EXACT[dtype] * max(size, 1e-3), (title, i, difference, size)
 
-    ours, same, report = convert_files(symbol, params, to="scratch")
+    known = {"shapes": options["shapes"]}  # whether they are run and compared before
+    ours, same, report = convert_files(symbol, params, to="scratch", **known)
     check("converted", ours, same)
-    back = convert_files(ours, same, to="builtin")
+    back = convert_files(ours, same, to="builtin", **known)
     check("back", *back[:2])
     assert len(report.converted) == len(back[2].converted)
     for title, model in (("folded", (symbol, params)), ("converted, folded", (ours, same))):

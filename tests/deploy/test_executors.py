@@ -1,13 +1,18 @@
 """Nets of any rank under MXNet's executors, which fuse what Gluon's graphs leave apart."""
 
+import ctypes
+from pathlib import Path
+
 from scratchbn import ScratchBatchNorm, convert_files
-from scratchbn.deploy import fold
+from scratchbn.deploy import export_inference, fold
 
 # isort: split
 import mxnet as mx
 import numpy as np
 import pytest
 from mxnet.gluon import nn
+
+from models.lenet import lenet
 
 
 def residual(rank, channels):
@@ -79,3 +84,50 @@ def test_an_exported_net_runs_in_a_module(channels, tmp_path):
     module.forward(mx.io.DataBatch([x]), is_train=False)
     (y,) = module.get_outputs()
     np.testing.assert_allclose(y.asnumpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+def predicted(prefix, x):
+    """Run an exported net by MXNet's C predict API, as programs in C and C++ do."""
+    library, handle = mx.base._LIB, ctypes.c_void_p()
+
+    def call(name, *arguments):
+        assert getattr(library, name)(*arguments) == 0, library.MXGetLastError()
+
+    library.MXGetLastError.restype = ctypes.c_char_p
+    symbol = Path(f"{prefix}-symbol.json").read_bytes()
+    params = Path(f"{prefix}-0000.params").read_bytes()
+    key, numbers = (ctypes.c_char_p * 1)(b"data"), ctypes.c_uint * x.ndim
+    about = (1, key, (ctypes.c_uint * 2)(0, x.ndim), numbers(*x.shape))
+    call("MXPredCreate", symbol, params, len(params), 1, 0, *about, ctypes.byref(handle))
+    floats = ctypes.POINTER(ctypes.c_float)
+    data = np.ascontiguousarray(x.asnumpy())
+    call("MXPredSetInput", handle, b"data", data.ctypes.data_as(floats), data.size)
+    call("MXPredForward", handle)
+    lengths, rank = ctypes.POINTER(ctypes.c_uint)(), ctypes.c_uint()
+    call("MXPredGetOutputShape", handle, 0, ctypes.byref(lengths), ctypes.byref(rank))
+    y = np.empty(lengths[: rank.value], "float32")
+    call("MXPredGetOutput", handle, 0, y.ctypes.data_as(floats), y.size)
+    call("MXPredFree", handle)
+    return y
+
+
+@pytest.mark.skipif(not hasattr(mx.base._LIB, "MXPredCreate"), reason="a build without that API")
+@pytest.mark.parametrize("name", ["LeNet", "Conv3D 8", "Conv3D 16", "Conv3D 64"])
+def test_an_exported_net_runs_in_the_c_predict_api(name, tmp_path):
+    x = mx.nd.random.normal(shape=(2, 1, 28, 28) if name == "LeNet" else (2, 3, 4, 6, 6))
+    if name == "LeNet":
+        net = lenet(ScratchBatchNorm)
+    else:
+        net, channels = nn.HybridSequential(), int(name.split()[1])
+        net.add(nn.Conv3D(channels, 3, in_channels=3), ScratchBatchNorm(), nn.Activation("relu"))
+        net.add(nn.Conv3D(channels, 3, padding=1), ScratchBatchNorm())
+    net.initialize(mx.init.Xavier())
+    with mx.autograd.train_mode():
+        net(x)
+    net.hybridize()
+    expected = net(x).asnumpy()
+    net.export(str(tmp_path / "net"))
+    export_inference(net, tmp_path / "infer", x)
+    for prefix in ("net", "infer"):
+        y = predicted(tmp_path / prefix, x)
+        np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5 * abs(expected).max())

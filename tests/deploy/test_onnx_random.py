@@ -1,5 +1,6 @@
 """Random small graphs: what is written computes what the net does, or a node is named."""
 
+import os
 import re
 import tempfile
 import warnings
@@ -237,7 +238,7 @@ def graphs(draw):
 
 
 @settings(
-    max_examples=120,
+    max_examples=int(os.environ.get("SCRATCHBN_CORPUS", 120)),
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )

@@ -23,7 +23,8 @@ from mxnet.gluon import nn
 from models.lenet import initialize, lenet
 from scripts import train_lenet
 
-FILES = ["curves.png", "lenet-0000.params", "lenet-symbol.json", "lenet.params", "metrics.json"]
+SYMBOLS = ["lenet-infer-symbol.json", "lenet-symbol.json"]
+FILES = sorted(["curves.png", "lenet-0000.params", *SYMBOLS, "lenet.params", "metrics.json"])
 FEW = ["--data", "sample", "--limit", "200", "--batch-size", "48", "--device", "cpu"]
 KINDS = {"output", "input gradient", "parameter gradient", "statistic"}
 
@@ -148,7 +149,8 @@ def test_what_it_prints(finished):
     assert "batch/s" not in process.stderr, "a progress bar in a log"
 
 
-def test_the_exported_symbol_needs_only_mxnet(finished, tmp_path, device, rng):
+@pytest.mark.parametrize("symbol", SYMBOLS)
+def test_the_exported_symbols_need_only_mxnet(symbol, finished, tmp_path, device, rng):
     _, out = finished
     images = rng.uniform(size=(5, 1, 28, 28)).astype("f4")
     np.save(tmp_path / "images.npy", images)
@@ -156,13 +158,14 @@ def test_the_exported_symbol_needs_only_mxnet(finished, tmp_path, device, rng):
         """
 import json, sys
 import mxnet as mx, numpy as np
-out, images = sys.argv[1:]
-net = mx.gluon.SymbolBlock.imports(out + "/lenet-symbol.json", ["data"], out + "/lenet-0000.params")
+symbol, params, images = sys.argv[1:]
+net = mx.gluon.SymbolBlock.imports(symbol, ["data"], params)
 scores = net(mx.nd.array(np.load(images)))
 scratchbn = [name for name in sys.modules if name.startswith(("scratchbn", "models"))]
 print(json.dumps({"scores": scores.asnumpy().tolist(), "scratchbn": scratchbn}))
 """,
-        out,
+        out / symbol,
+        out / "lenet-0000.params",
         tmp_path / "images.npy",
         env=without_scratchbn(),
     )

@@ -11,6 +11,7 @@ from mxnet import autograd
 from mxnet.gluon import Block
 
 from ..._net import blocks_of, flatten, regroup, without_hooks
+from ..check import varied
 
 Arrays = list[np.ndarray]
 
@@ -39,7 +40,7 @@ def _array(values: np.ndarray, like: Any) -> Any:
 
 def probes(example: Arrays) -> list[Arrays]:
     """Return random numbers in place of a placeholder: zeros or ones would not show much."""
-    other = [_varied(a) for a in example]
+    other = [varied(a) for a in example]
     return [other] if any(new is not old for new, old in zip(other, example)) else []
 
 
@@ -56,12 +57,5 @@ def other_batches(example: Arrays) -> Iterator[Arrays]:
 def _resized(array: np.ndarray, length: int) -> np.ndarray:
     if length == 1:
         return array[:1]
-    more = _varied(array)[::-1][: length - len(array)]
+    more = varied(array)[::-1][: length - len(array)]
     return np.concatenate([array, more])
-
-
-def _varied(array: np.ndarray) -> np.ndarray:
-    """Return random numbers in place of floating-point numbers that are all the same."""
-    if array.dtype.kind != "f" or array.size < 2 or (array != array.flat[0]).any():
-        return array
-    return np.random.default_rng(0).normal(size=array.shape).astype(array.dtype)

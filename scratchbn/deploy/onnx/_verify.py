@@ -9,8 +9,8 @@ import numpy as np
 from onnx import checker
 
 from ..._graph.nodes import Node
+from ..check import disagreement
 from ._batches import Arrays
-from ._compare import disagreement
 from ._model import Model
 from ._run import NotRunnable, Running, first_said, runtime_name
 from ._shapes import Place
