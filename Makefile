@@ -28,7 +28,7 @@ bench: $(READY)
 # usual one; what Python and MXNet leak at exit is not reported. ARGS="-k blocked" for some of them.
 SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 SANITIZED := CXX=g++ SCRATCHBN_CACHE=$(CURDIR)/build/sanitize SCRATCHBN_CXXFLAGS="$(SANITIZE)" \
-  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 SCRATCHBN_FUZZ=$(or $(SCRATCHBN_FUZZ),1000)
 sanitize: $(READY)
 	$(SANITIZED) $(BIN)/python -c "from scratchbn import native; native.build()"
 	$(SANITIZED) LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
