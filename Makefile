@@ -44,7 +44,7 @@ bench: $(READY)
 # What Python and MXNet leak at exit is not reported.
 SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 SANITIZED := CXX=g++ SCRATCHBN_CACHE=$(CURDIR)/build/sanitize SCRATCHBN_CXXFLAGS="$(SANITIZE)" \
-  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 SCRATCHBN_FUZZ=$(or $(SCRATCHBN_FUZZ),1000)
 
 # The kernel's and the contract's tests on a kernel that GCC's sanitizers watch; ARGS="-k blocked".
 sanitize: $(READY)

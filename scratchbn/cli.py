@@ -53,8 +53,8 @@ def _build_native(arguments: argparse.Namespace) -> int:
 
 
 def _parity(arguments: argparse.Namespace) -> int:
-    """Compare ScratchBatchNorm with MXNet's nn.BatchNorm over a grid of shapes and options."""
-    from scratchbn.parity import run_grid, standard_grid
+    """Compare ScratchBatchNorm with nn.BatchNorm over a grid, on every backend that can be had."""
+    from scratchbn.parity import backends_at_hand, run_grid, standard_grid
 
     cases: Any = standard_grid(full=arguments.full)
     cases = [case for case in cases if case.dtype in (arguments.dtype or [case.dtype])]
@@ -62,7 +62,8 @@ def _parity(arguments: argparse.Namespace) -> int:
         from tqdm import tqdm
 
         cases = tqdm(cases, desc="parity", unit="case", leave=False, disable=None)
-    report = run_grid(cases=cases, seed=arguments.seed)
+    backends = arguments.backends or backends_at_hand()
+    report = run_grid(cases=cases, seed=arguments.seed, backends=backends)
     if arguments.json:
         report.to_json(arguments.json)
     if arguments.html:
@@ -189,6 +190,8 @@ def _parser() -> argparse.ArgumentParser:
     only = "only cases of this dtype; may be given more than once"
     option("--full", action="store_true", help="combine options; takes minutes")
     option("--dtype", action="append", choices=dtypes, help=only)
+    backends = "of portable, native and auto (default: all that can be had without building)"
+    option("--backends", nargs="+", metavar="BACKEND", help=backends)
     option("--seed", type=integer(0), default=0, help="for data and parameters (default: 0)")
     option("--json", metavar="FILE", help="write every comparison as JSON")
     option("--html", metavar="FILE", help="write a page with the tables")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import importlib.util
 import io
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,12 +17,23 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scratchbn import ScratchBatchNorm, __version__
+from scratchbn import ScratchBatchNorm, use_backend
 from scratchbn._command import Parser
 from scratchbn._writing import write_text
+from scratchbn.backends import BACKENDS
 from scratchbn.defects import DEFECTS, Finding, survey
-from scratchbn.parity import Case, Report, compare, render, run_grid, standard_grid
+from scratchbn.parity import (
+    Case,
+    Report,
+    backends_at_hand,
+    compare,
+    render,
+    run_grid,
+    standard_grid,
+    where,
+)
 from scratchbn.parity.oracle_layer import OracleLayer
+from scratchbn.parity.report import joined
 
 import mxnet as mx
 import numpy as np
@@ -46,24 +56,28 @@ class Net:
     reference: str = "built-in"
     tolerance: float | None = None
 
-    def compare(self) -> Report:
-        """Compare the net with ours to the one with the reference."""
+    def compare(self, backends: Sequence[str]) -> Report:
+        """Compare the net with ours to the one with the reference, on each backend."""
+        return joined(map(self._compare, backends))
+
+    def _compare(self, backend: str) -> Report:
         reference = nn.BatchNorm if self.reference == "built-in" else OracleLayer
         rng = np.random.default_rng(0)
         data = [rng.normal(size=self.shape).astype(self.dtype) for _ in range(self.steps)]
         with mx.name.NameManager():
             one, two = self.build(ScratchBatchNorm), self.build(reference)
-        return compare(
-            one,
-            two,
-            data,
-            steps=self.steps,
-            dtype=self.dtype,
-            rtol=self.tolerance,
-            atol=self.tolerance,
-            # A net cannot be traced through the oracle, which is NumPy.
-            modes=("eager", "hybrid") if self.reference == "built-in" else ("eager",),
-        )
+        with use_backend(backend):
+            return compare(
+                one,
+                two,
+                data,
+                steps=self.steps,
+                dtype=self.dtype,
+                rtol=self.tolerance,
+                atol=self.tolerance,
+                # A net cannot be traced through the oracle, which is NumPy.
+                modes=("eager", "hybrid") if self.reference == "built-in" else ("eager",),
+            )
 
 
 def nets(full: bool) -> list[Net]:
@@ -114,6 +128,7 @@ class Study:
     builtin: Report
     nets: list[tuple[Net, Report, float]]
     findings: list[Finding]
+    backends: list[str]
 
     @property
     def named(self) -> list[tuple[str, Report]]:
@@ -131,7 +146,7 @@ class Study:
         for name, report in self.named:
             for row in report.failures:
                 numbers = f"{row.absolute:.1e}, allowed {row.allowed:.1e}"
-                tensor = " ".join(filter(None, [row.case, row.kind, row.tensor]))
+                tensor = " ".join(filter(None, [row.backend, row.case, row.kind, row.tensor]))
                 yield f"{name}: {tensor} {numbers}, {row.where}"
             if not report.rows:
                 yield f"{name}: {report.verdict}"
@@ -158,15 +173,18 @@ def _layer_table(study: Study) -> tuple[Any, ...]:
     lines = []
     for group, dtype in sorted(groups, key=lambda g: (g[0], -np.dtype(g[1]).itemsize)):
         names = groups[group, dtype]
-        parts = [
-            Report(tuple(row for row in report.rows if row.case in names))
-            for report in (study.oracle, study.builtin)
-        ]
-        held = all(bool(part) for part in parts if part.rows)
-        numbers = [number for part in parts for number in _largest(part)]
-        lines.append([group, dtype, len(names), *numbers, "held" if held else "failed"])
+        for backend in study.backends:
+            parts = [
+                Report(tuple(r for r in report.rows if r.case in names and r.backend == backend))
+                for report in (study.oracle, study.builtin)
+            ]
+            held = all(bool(part) for part in parts if part.rows)
+            numbers = [number for part in parts for number in _largest(part)]
+            verdict = "held" if held else "failed"
+            lines.append([group, dtype, len(names), backend, *numbers, verdict])
     numbers = [f"{name}, {what}" for name in ("oracle", "built-in") for what in _COLUMNS]
-    return ["about", "dtype", "cases", *numbers, ""], lines, "", ["cases", *numbers]
+    header = ["about", "dtype", "cases", "backend", *numbers, ""]
+    return header, lines, "", ["cases", *numbers]
 
 
 def _net_table(study: Study) -> tuple[Any, ...]:
@@ -180,7 +198,7 @@ def _net_table(study: Study) -> tuple[Any, ...]:
                 net.steps,
                 len(report.rows),
                 *_largest(report),
-                f"{worst.tensor}, {worst.where}",
+                f"{worst.tensor}, {worst.backend}, {worst.where}",
                 f"{seconds:.0f}",
                 "held" if report else "failed",
             ]
@@ -269,15 +287,7 @@ def page(study: Study, command: str, seconds: float) -> str:
         "parity_report.html",
         Path(__file__).parent,
         title="Parity of ScratchBatchNorm",
-        versions=[
-            f"scratchbn {__version__}",
-            f"mxnet {mx.__version__}",
-            f"numpy {np.__version__}",
-            f"Python {platform.python_version()}",
-            platform.machine(),
-            time.strftime("%Y-%m-%d"),
-            f"{seconds:.0f} s",
-        ],
+        made=f"{where.described({'backends': study.backends, **where.facts()})}; {seconds:.0f} s",
         command=command,
         held=not failures,
         verdict=(
@@ -316,6 +326,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="FILE",
         help="the page (default: runs/parity/report.html)",
     )
+    parser.add_argument(
+        "--backends",
+        nargs="+",
+        choices=BACKENDS,
+        help="what ours computes with (default: all that can be had without building)",
+    )
     parser.add_argument("--no-nets", dest="nets", action="store_false", help="layers only")
     arguments = parser.parse_args(argv)
     began = time.perf_counter()
@@ -325,16 +341,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     def bar(items: Any, what: str, total: int | None = None) -> Any:
         return tqdm(items, desc=what, total=total, unit="case", leave=False, disable=None)
 
-    oracle = run_grid(ScratchBatchNorm, OracleLayer, bar(with_oracle, "layers, oracle"))
-    builtin = run_grid(ScratchBatchNorm, nn.BatchNorm, bar(grid, "layers, built-in"))
+    chosen: Any = {"backends": arguments.backends or backends_at_hand()}
+    oracle = run_grid(ScratchBatchNorm, OracleLayer, bar(with_oracle, "layers, oracle"), **chosen)
+    builtin = run_grid(ScratchBatchNorm, nn.BatchNorm, bar(grid, "layers, built-in"), **chosen)
     compared = []
     for net in bar(nets(arguments.full) if arguments.nets else [], "nets"):
         start = time.perf_counter()
-        report = net.compare()
+        report = net.compare(**chosen)
         compared.append((net, report, time.perf_counter() - start))
-    findings = list(bar(survey(DEFECTS.values()), "known defects", len(DEFECTS)))
+    with use_backend("auto"):
+        findings = list(bar(survey(DEFECTS.values()), "known defects", len(DEFECTS)))
     cases = {case.name: case for case in with_oracle}
-    study = Study(cases, oracle, builtin, compared, findings)
+    study = Study(cases, oracle, builtin, compared, findings, **chosen)
     given = sys.argv[1:] if argv is None else argv
     command = " ".join(["python scripts/parity_report.py", *given])
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from mxnet import autograd
 from mxnet.gluon import Block
 
 from .._net import disable_dropout, has_builtin
+from ..backends import get_backend
 from . import nets
 from .difference import differences
 from .phases import phases_of, run
@@ -99,6 +100,9 @@ def compare(
 
     Notes
     -----
+    Layers of this package compute with the backend that is chosen (``use_backend``); the report
+    names it, with versions, processor and date.
+
     The nets of the caller are as before when this returns or raises: values, gradients,
     ``grad_req``, dtypes and deferred initialization of all parameters (the very same arrays), and
     every attribute and compiled graph of all blocks. It is not for use while other threads run the
@@ -143,6 +147,7 @@ def compare(
         statistics_rtol=statistics_rtol,
         statistics_atol=statistics_atol,
         builtin=has_builtin(a, b),
+        backend=get_backend(),
     )
     batches = _batches(inputs, dtype)
     nets.check_alike(a, b)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,11 +27,12 @@ def differences(
                 a = np.zeros_like(b) if a is None else a
                 b = np.zeros_like(a) if b is None else b
             found = _difference(a, b, settings.tolerance(kind))
-            rows.append(Row(kind, tensor, mode, phase, step, **found))
+            rows.append(Row(kind, tensor, mode, phase, step, **found, backend=settings.backend))
     for name, computed in (("a", one), ("b", two)):
         if computed.error:
             step, nan = len(computed.steps) + 1, math.nan
-            rows.append(Row(ERROR, name, mode, phase, step, nan, nan, 0.0, note=computed.error))
+            row = Row(ERROR, name, mode, phase, step, nan, nan, 0.0, note=computed.error)
+            rows.append(replace(row, backend=settings.backend))
     return rows
 
 

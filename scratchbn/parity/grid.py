@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from mxnet.gluon import Block, nn
 
+from ..backends import get_backend, use_backend
 from ..layer import ScratchBatchNorm
 from .compare import compare
-from .report import Report
+from .report import Report, joined
 from .settings import TOLERANCES, name_of
+from .where import check_backends, facts
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,10 @@ def run_grid(
     cases: Iterable[Case] | None = None,
     *,
     seed: int = 0,
+    backends: Sequence[str] | None = None,
     **settings: Any,
 ) -> Report:
-    """Compare two layer classes in every case of a grid.
+    """Compare two layer classes in every case of a grid, on one backend or several.
 
     Parameters
     ----------
@@ -125,29 +128,41 @@ def run_grid(
         Default: :func:`standard_grid`. A tqdm bar around a list shows how far it is.
     seed : int
         For the data and the parameters.
+    backends : sequence of str, optional
+        Of ``scratchbn.backends.BACKENDS``; each case runs on each. Default: the one chosen.
     **settings
         For :func:`compare`.
 
     Returns
     -------
     Report
-        With a ``case`` in every row.
+        With a ``case`` and a ``backend`` in every row.
 
     Raises
     ------
     TypeError, ValueError
-        See :func:`compare`.
+        See :func:`compare`; a ValueError too if a backend is none that there is.
+    BackendError
+        If a backend cannot be had.
 
     Examples
     --------
     >>> bool(run_grid(cases=[Case((4, 3), {"momentum": 0.5}), Case((2, 3, 4), {"axis": -1})]))
     True
     """
+    backends = check_backends([get_backend()] if backends is None else backends)
     reports: dict[str, Report] = {}
     for case in standard_grid() if cases is None else cases:
-        one, two = (make(in_channels=case.channels, **case.options) for make in (layer, reference))
         data = case.data(seed, settings.get("steps", 3))
-        reports[case.name] = compare(one, two, data, dtype=case.dtype, seed=seed, **settings)
+        found = []
+        for backend in backends:
+            one, two = (
+                make(in_channels=case.channels, **case.options) for make in (layer, reference)
+            )
+            with use_backend(backend):
+                found.append(compare(one, two, data, dtype=case.dtype, seed=seed, **settings))
+        reports[case.name] = joined(found)
     if settings.get("loss") is not None:
         settings["loss"] = name_of(settings["loss"])
-    return Report.merge(reports, {"cases": len(reports), "seed": seed, **settings})
+    made = {"cases": len(reports), "seed": seed, **settings, "backends": backends, **facts()}
+    return Report.merge(reports, made)

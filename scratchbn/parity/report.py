@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .._writing import PathLike, write_text
-from . import render
+from . import render, where
 from .row import Row
 
 
@@ -38,7 +38,8 @@ class Report:
         return bool(self.rows) and all(row.ok for row in self.rows)
 
     def __str__(self) -> str:
-        return render.text(self.verdict, self.table(), self.notes)
+        lines = [self.verdict, *filter(None, [where.described(self.settings)])]
+        return render.text("\n  ".join(lines), self.table(), self.notes)
 
     @property
     def failures(self) -> list[Row]:
@@ -75,7 +76,7 @@ class Report:
         return found
 
     def table(self, most: int = 40) -> tuple[list[str], list[list[str]], str]:
-        """Return the report as a table: a line per tensor, or per case of a grid.
+        """Return the report as a table: a line per tensor, or per case and backend of a grid.
 
         Parameters
         ----------
@@ -90,7 +91,8 @@ class Report:
             How many lines were left out; empty if none.
         """
         grid = any(row.case for row in self.rows)
-        rows = list(self.worst(lambda r: r.case if grid else (r.kind, r.tensor)).values())
+        found = self.worst(lambda r: (r.case, r.backend) if grid else (r.kind, r.tensor))
+        rows = list(found.values())
         more = ""
         if len(rows) > most:
             rows = sorted(rows, key=lambda r: -r.excess)
@@ -100,8 +102,8 @@ class Report:
         header = ["tensor", "absolute", "relative", "allowed", "", "where"]
         lines = [row.cells() for row in rows]
         if grid:
-            header = ["case", *header]
-            lines = [[row.case, *cells] for row, cells in zip(rows, lines)]
+            header = ["case", "backend", *header]
+            lines = [[row.case, row.backend, *cells] for row, cells in zip(rows, lines)]
         return header, lines, more
 
     @classmethod
@@ -217,6 +219,13 @@ class Report:
             tables=tables,
         )
         return _write(page, path)
+
+
+def joined(reports: Iterable[Report]) -> Report:
+    """Return the rows of several reports, and each of their notes once."""
+    reports = list(reports)
+    notes = dict.fromkeys(note for report in reports for note in report.notes)
+    return Report(tuple(row for report in reports for row in report.rows), notes=tuple(notes))
 
 
 def _plain(value: Any) -> Any:

@@ -44,6 +44,8 @@ class Row:
         Why the tensors could not be compared.
     case : str
         Which comparison of a grid this belongs to.
+    backend : str
+        What layers of this package computed with.
     """
 
     kind: str
@@ -57,6 +59,7 @@ class Row:
     index: tuple[int, ...] | None = None
     note: str = ""
     case: str = ""
+    backend: str = ""
 
     @property
     def ok(self) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 
 from .._checks import check_choice, check_flag, check_integer, check_number
 from .row import STATISTIC
+from .where import facts
 
 MODES: dict[str, dict[str, bool]] = {
     "eager": {"active": False},
@@ -49,6 +50,7 @@ class Settings:
     statistics_rtol: float | None
     statistics_atol: float | None
     builtin: bool  # takes part
+    backend: str
 
     def __post_init__(self) -> None:
         check_integer("steps", self.steps, least=1)
@@ -97,6 +99,8 @@ class Settings:
             "learning_rate": self.learning_rate,
             "seed": self.seed,
             **({} if self.loss is None else {"loss": name_of(self.loss)}),
+            "backend": self.backend,
+            **facts(),
         }
 
 

@@ -1,12 +1,25 @@
 """Parity: nets that agree, planted errors, what is left behind, the report, the grid, the page."""
 
 import importlib.util
+import itertools
 import json
 import os
+import platform
 import sys
+import time
 from pathlib import Path
 
-from scratchbn import ScratchBatchNorm, ScratchBatchNormReLU, cli, parity
+from scratchbn import (
+    BackendError,
+    ScratchBatchNorm,
+    ScratchBatchNormReLU,
+    __version__,
+    cli,
+    get_backend,
+    parity,
+    use_backend,
+)
+from scratchbn.backends import BACKENDS
 from scratchbn.defects import Finding, Outcome
 from scratchbn.parity import Case, Report, Row, compare, run_grid, standard_grid
 from scratchbn.parity.oracle_layer import OracleLayer, OracleReLU
@@ -21,6 +34,7 @@ from mxnet.gluon import nn
 from models.lenet import initialize, lenet
 
 SHAPE = (6, 4, 5, 5)
+PYTHON = platform.python_version()
 
 
 @pytest.fixture
@@ -724,6 +738,70 @@ def test_the_command_writes_and_reports(monkeypatch, capsys, tmp_path):
     assert "4x3 float32 axis=0" in (tmp_path / "r.html").read_text()
 
 
+def test_the_command_takes_backends(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(parity, "standard_grid", few)
+    path = tmp_path / "r.json"
+    assert cli.main(["parity", "--json", str(path), "--backends", "auto", "portable", "auto"]) == 0
+    report = Report.from_json(path.read_text())
+    assert {row.backend for row in report.rows} == {"auto", "portable"}
+    for text in (capsys.readouterr().out, str(report)):
+        assert f"backend auto, portable; kernel {report.settings['kernel']}; scratchbn " in text
+        assert f"mxnet {mx.__version__}; numpy {np.__version__}; Python {PYTHON}; CPU " in text
+        assert text.splitlines()[1].endswith(time.strftime("; %Y-%m-%d"))
+    assert cli.main(["parity", "--backends", "fastest"]) == 1
+    assert "name must be one of auto, portable" in capsys.readouterr().err
+
+
+def test_a_grid_names_the_backend_that_fails():
+    class WrongWhenPortable(ScratchBatchNorm):
+        def transform(self, F, view, batch, gamma, beta, epsilon):
+            beta = beta + float(get_backend() == "portable")
+            return super().transform(F, view, batch, gamma, beta, epsilon)
+
+    report = run_grid(
+        WrongWhenPortable, OracleLayer, [Case((4, 3))], backends=["portable", "auto"], steps=1
+    )
+    assert {row.backend for row in report.rows} == {"portable", "auto"}
+    assert {row.backend for row in report.failures} == {"portable"}
+    (line,) = (line for line in str(report).splitlines() if " FAIL " in line)
+    assert "portable" in line
+
+
+@pytest.mark.parametrize("backends", ["auto", [], ["auto", "fastest"]])
+def test_backends_that_are_none(backends):
+    with pytest.raises(ValueError, match=r"must be .* auto, portable, native"):
+        run_grid(ScratchBatchNorm, OracleLayer, [], backends=backends)
+
+
+def test_a_comparison_names_where_it_was_made(x):
+    with use_backend("portable"):
+        report = compare(ScratchBatchNorm(), nn.BatchNorm(), x, steps=1)
+    assert report.settings["backend"] == "portable"
+    assert {row.backend for row in report.rows} == {"portable"}
+    made = {name: report.settings[name] for name in ("scratchbn", "mxnet", "numpy", "Python")}
+    assert made == dict(zip(made, (__version__, mx.__version__, np.__version__, PYTHON)))
+    assert report.settings["CPU"]
+    assert report.settings["date"] == time.strftime("%Y-%m-%d")
+    page = report.to_html()
+    assert "backend portable" in page
+    assert report.settings["CPU"] in page
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_grid_holds_on_every_backend(backend):
+    """Some of every group and dtype, and every batch of one value per channel."""
+    grid = standard_grid()
+    groups = itertools.groupby(grid, lambda case: (case.dtype, case.group))
+    part = {case.name: case for _, cases in groups for case in list(cases)[::12]}
+    part.update({case.name: case for case in grid if case.shape == (1, 5)})
+    try:
+        report = run_grid(ScratchBatchNorm, OracleLayer, part.values(), backends=[backend], steps=1)
+    except BackendError as error:
+        pytest.skip(str(error))
+    assert report, str(report)
+    assert {row.backend for row in report.rows} == {backend}
+
+
 def test_the_command_selects_dtypes_and_fails(monkeypatch, capsys):
     monkeypatch.setattr(parity, "standard_grid", few)
     monkeypatch.setattr(parity.run_grid, "__defaults__", (Blind, nn.BatchNorm, None))
@@ -799,9 +877,11 @@ def test_the_script_writes_its_page(script, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script, "DEFECTS", known)
     monkeypatch.setattr(script, "nets", lambda full: [script.Net("LeNet", lenet, (2, 1, 28, 28))])
     path = tmp_path / "page" / "report.html"
-    assert script.main(["--out", str(path)]) == 0
+    assert script.main(["--out", str(path), "--backends", "portable", "auto"]) == 0
     assert "held" in capsys.readouterr().out
     page = path.read_text()
+    assert "backend portable, auto; kernel " in page
+    assert page.count("<td>portable</td>") == page.count("<td>auto</td>") == 6  # a line for each
     assert "Everything held" in page
     assert page.count("data:image/png;base64,") == 2
     assert "<code>center=False</code> still adds beta" in page
@@ -815,7 +895,7 @@ def test_the_script_fails_with_ours(script, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script, "DEFECTS", {})
     monkeypatch.setattr(script, "ScratchBatchNorm", Blind)
     path = tmp_path / "report.html"
-    assert script.main(["--no-nets", "--out", str(path)]) == 1
+    assert script.main(["--no-nets", "--out", str(path), "--backends", "auto"]) == 1
     assert "FAILED" in capsys.readouterr().out
     assert "out of tolerance" in path.read_text()
 
@@ -833,7 +913,7 @@ def test_the_script_fails_with_a_defect_of_ours(script, tmp_path, monkeypatch, c
     monkeypatch.setattr(script, "DEFECTS", {"scale_false": script.DEFECTS["scale_false"]})
     monkeypatch.setattr(script, "survey", found)
     path = tmp_path / "report.html"
-    assert script.main(["--no-nets", "--out", str(path)]) == 1
+    assert script.main(["--no-nets", "--out", str(path), "--backends", "auto"]) == 1
     out = capsys.readouterr().out
     assert "scale_false, ours, eager: off by <5>" in out
     assert "built-in, graph" not in out  # what counts is ours
