@@ -18,7 +18,7 @@ from .way import Layer, State, in_float32, named
 def portable(layer: Layer, F: Any, x: Array, state: State) -> Array:
     """Normalize a batch: Algorithm 1 of the paper in training, Algorithm 2 in inference."""
     options = layer.options
-    mode = mode_now(F, x, may_train=not options.use_global_stats)
+    mode = mode_now(F, x, not options.use_global_stats, layer.training_flag(F, x))
     view = ChannelView(F, x, options.axis)
     running_mean, running_var = (view.shaped(read(v)) for v in state[2:4])
     gamma = state.gamma if options.scale else F.ones_like(state.gamma)
@@ -42,7 +42,8 @@ def move_averages(
         return [write(F, v, read(v), F.zeros_like(v)) for v in state.moving if mode.graph]
     mean, variance = F.BlockGrad(batch.mean), F.BlockGrad(batch.variance)
     if layer.options.unbiased_variance:
-        variance = functional.unbiased_variance(F, variance, view.m)
+        m = getattr(batch, "m", view.m)
+        variance = functional.unbiased_variance(F, variance, m)
     moves = mode.only_in_training(functional.all_finite(F, mean, variance))
     count = None if state.num_batches is None else read(state.num_batches)
     done = []
