@@ -128,15 +128,21 @@ class ScratchSyncBatchNorm(ScratchBatchNorm):
 
     Examples
     --------
-    >>> import mxnet as mx
-    >>> layer = ScratchSyncBatchNorm(in_channels=1)
-    >>> devices = [mx.cpu(0), mx.cpu(1)]
-    >>> layer.initialize(ctx=devices)
-    >>> shares = [mx.nd.array([[1]], ctx=devices[0]), mx.nd.array([[2], [3]], ctx=devices[1])]
+    On two GPUs::
+
+        net.initialize(ctx=[mx.gpu(0), mx.gpu(1)])
+        with mx.autograd.record():
+            losses = [loss(net(x), y) for x, y in zip(shares, labels)]
+        mx.autograd.backward(losses)
+
+    On one device it is plain batch normalization:
+
+    >>> layer = ScratchSyncBatchNorm(num_devices=1, in_channels=1)
+    >>> layer.initialize()
     >>> with mx.autograd.record():
-    ...     y = [layer(x) for x in shares]
-    >>> [part.asnumpy().round(3).ravel().tolist() for part in y]
-    [[-1.225], [0.0, 1.225]]
+    ...     y = layer(mx.nd.array([[1], [2], [3]]))
+    >>> print(y.asnumpy().round(3).ravel())
+    [-1.225  0.     1.225]
     """
 
     infers_as_batch_norm = True

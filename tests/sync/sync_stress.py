@@ -26,11 +26,11 @@ LIMIT = 120  # seconds, of a run that takes about five
 
 def run(seed):
     """What a child does."""
-    from sync_nets import FORMS, Pair
+    from scratchbn.sync import abandon
 
     import mxnet as mx
     from mxnet import autograd
-    from scratchbn.sync import abandon
+    from sync_nets import FORMS, Pair
 
     rng = random.Random(seed)
     event = list(STATUS)[seed % len(STATUS)]
@@ -112,8 +112,11 @@ def problem_of(seed):
 
 def main(runs):
     import sync_nets  # noqa: F401, so that no child has to
+    from tqdm import tqdm
 
-    problems = [p for p in map(problem_of, range(runs)) if p]
+    problems = []
+    for seed in tqdm(range(runs), disable=None):
+        problems += filter(None, [problem_of(seed)])
     print(f"{runs} runs, {len(problems)} problems", *problems, sep="\n")
     return bool(problems)
 
