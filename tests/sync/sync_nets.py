@@ -46,6 +46,12 @@ class Pair:
             gluon.Trainer(net.collect_params(), *settings) for net in (self.shared, self.single)
         ]
 
+    def wait(self, seconds):
+        """Set how long devices wait; None: as long as the environment says."""
+        for layer in self.shared:
+            if isinstance(layer, ScratchSyncBatchNorm):
+                layer.options["timeout"] = seconds
+
     def batch(self):
         n = sum(self.sizes)
         return self.rng.normal(3, 2, (n, 2, 4, 5)), self.rng.normal(size=(n, 3, 1, 1))

@@ -35,7 +35,7 @@ def run(seed):
     rng = random.Random(seed)
     event = list(STATUS)[seed % len(STATUS)]
     sizes = [rng.randint(1, 3) for _ in range(rng.randint(2, 4))]
-    pair = Pair(sizes, rng.choice(list(FORMS)), rng.choice([1, 1, 2]), seed, timeout=2)
+    pair = Pair(sizes, rng.choice(list(FORMS)), rng.choice([1, 1, 2]), seed)
 
     def step():
         order = rng.choice(["loop", "together", "reversed"])
@@ -47,6 +47,7 @@ def run(seed):
             raise AssertionError(f"{apart} from one device")
 
     def call_some():
+        pair.wait(2)
         xs = pair.parts(pair.batch()[0])
         rng.shuffle(xs)
         with autograd.record():
@@ -69,6 +70,7 @@ def run(seed):
                 break
             except mx.MXNetError:
                 continue
+        pair.wait(None)
         steps()
     elif event != "delays":
         ys = call_some()

@@ -32,17 +32,16 @@ def child(script, *arguments, **variables):
 def results():
     """What the cases found, by their names."""
     cases = ["equal", "options", "far", "threads", "missing", "abandoned", "refused", "key"]
+    done = child("sync_cases.py", *cases, "files", "forks", "gluoncv")
+    assert done.returncode == 0, done.stderr
     found = {}
-    for names in (cases, ["files", "forks", "gluoncv"]):
-        done = child("sync_cases.py", *names)
-        assert done.returncode == 0, done.stderr
-        for line in done.stdout.splitlines():
-            found.update(json.loads(line))
+    for line in done.stdout.splitlines():
+        found.update(json.loads(line))
     return found
 
 
 def test_devices_that_share_train_as_one(results):
-    assert len(results["equal"]) == 24
+    assert len(results["equal"]) == 16
     assert max(results["equal"].values()) < EXACT
 
 
@@ -62,9 +61,9 @@ def test_a_missing_device_is_an_error_that_names_it(form, results):
     forward, backward = found[f"{form} forward"], found[f"{form} backward"]
     for text in ("net_batchnorm0", "came cpu(0)", "cpu(1) (not called) did not within 0.5 s"):
         assert text in forward
-    for text in ("net_batchnorm1", "backward", "came cpu(1)", "cpu(0) did not within 0.5 s"):
+    for text in ("net_batchnorm1", "backward", "came cpu(1)", "cpu(0) did not within 5 s"):
         assert text in backward
-    assert 0.5 <= found[f"{form} seconds"] < 20
+    assert 0.5 <= found[f"{form} seconds"] < 30
     assert max(found[f"{form} after"], found[f"{form} after backward"]) < EXACT
 
 
