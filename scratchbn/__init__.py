@@ -11,6 +11,7 @@ from typing import Any
 
 from .environment import help as _help
 from .environment import prepare as _prepare
+from .environment import work_space as _work_space
 
 __version__ = "0.1.0"
 
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 _ROOMS = {
     "ScratchBatchNorm": "layer",
     "ScratchBatchNormReLU": "layer",
+    "ScratchSyncBatchNorm": "sync",
     "to_builtin": "convert",
     "to_scratch": "convert",
     "freeze": "freezing",
@@ -47,6 +49,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if _unusable is not None:
         raise _unusable
+    if name == "ScratchSyncBatchNorm":
+        _work_space.give_work_space()
     try:
         return getattr(import_module(f".{_ROOMS[name]}", __name__), name)
     except Exception as error:

@@ -48,6 +48,7 @@ from .layer import ScratchBatchNorm, ScratchBatchNormReLU
 __all__ = ["ConversionReport", "Entry", "freeze", "to_builtin", "to_scratch", "unfreeze"]
 
 _BUILT_IN_OPTIONS = frozenset({"axis", "eps", "momentum", "fix_gamma", "use_global_stats"})
+_SYNC_OPTIONS = frozenset({"ndev", "key"})
 # What a subclass may define and still compute what its base does.
 _HARMLESS = frozenset(
     {
@@ -78,7 +79,8 @@ def to_scratch(net: Block) -> tuple[Block, ConversionReport]:
     Parameters, as :func:`scratchbn.convert_files` does it in files.
 
     Subclasses are converted if they differ in ``__init__``, ``__repr__`` or ``_alias`` only (and
-    GluonCV's ``BatchNormCudnnOff``); ``nn.BatchNormReLU`` becomes :class:`ScratchBatchNormReLU`.
+    GluonCV's ``BatchNormCudnnOff``); ``nn.BatchNormReLU`` becomes :class:`ScratchBatchNormReLU`,
+    ``SyncBatchNorm`` becomes :class:`ScratchSyncBatchNorm` for as many devices.
 
     Parameters
     ----------
@@ -91,7 +93,7 @@ def to_scratch(net: Block) -> tuple[Block, ConversionReport]:
     net : Block
         The same object.
     report : ConversionReport
-        What was converted and what was not: ``SyncBatchNorm``, layers with a forward of their own,
+        What was converted and what was not: layers with a forward of their own,
         loops in the graph of a ``SymbolBlock``. Operators that a block calls itself in its
         ``hybrid_forward`` are not seen.
 
@@ -216,19 +218,18 @@ def _has_float16(blocks: dict[Block, str]) -> bool:
 
 
 def _why_not_to_scratch(layer: Any) -> str:
-    if isinstance(layer, SyncBatchNorm):
-        return "it normalizes over all devices"
     cls = type(layer)
     if f"{cls.__module__}.{cls.__qualname__}" not in _EQUIVALENT:
-        own = _own_members(layer, nn.BatchNormReLU, nn.BatchNorm, BuiltInBatchNorm)
+        own = _own_members(layer, SyncBatchNorm, nn.BatchNormReLU, nn.BatchNorm, BuiltInBatchNorm)
         if own:
             return f"has {own} of its own"
-    unknown = ", ".join(sorted(set(options_of(layer)) - _BUILT_IN_OPTIONS))
+    known = _BUILT_IN_OPTIONS | (_SYNC_OPTIONS if isinstance(layer, SyncBatchNorm) else set())
+    unknown = ", ".join(sorted(set(options_of(layer)) - known))
     return f"has operator options of its own: {unknown}" if unknown else ""
 
 
 def _why_not_to_builtin(layer: Any) -> str:
-    own = _own_members(layer, ScratchBatchNormReLU, ScratchBatchNorm)
+    own = _own_members(layer, *_sync_class(layer), ScratchBatchNormReLU, ScratchBatchNorm)
     return f"has {own} of its own" if own else ""
 
 
@@ -248,8 +249,9 @@ def _to_scratch(layer: Any, is_float16: bool) -> _Exchange:
     options = options_of(layer)
     if options["momentum"] is None:  # which means something else here
         raise ValueError("momentum must be between 0 and 1, got None")
-    new = (ScratchBatchNormReLU if layer.fuse_relu else ScratchBatchNorm)(
-        axis=options["axis"],
+    sync = isinstance(layer, SyncBatchNorm)
+    new = _scratch_class(layer)(
+        **(_sharing_of(layer) if sync else {"axis": options["axis"]}),
         momentum=options["momentum"],
         epsilon=options["eps"],
         # The built-in has no such option: a Parameter that can have no gradient is its record.
@@ -261,8 +263,31 @@ def _to_scratch(layer: Any, is_float16: bool) -> _Exchange:
     )
     # Parameters do not tell float16 from float32; the parameters of the other layers do.
     new.cast("float16" if is_float16 else layer.running_mean.dtype)
-    old = (nn.BatchNormReLU if layer.fuse_relu else nn.BatchNorm)(prefix="fresh_")
+    if sync:
+        old = SyncBatchNorm(num_devices=1, prefix="fresh_")
+    else:
+        old = (nn.BatchNormReLU if layer.fuse_relu else nn.BatchNorm)(prefix="fresh_")
     return _Exchange(layer, old, new, "beta is not 0; with center=False it is ignored")
+
+
+def _scratch_class(layer: Any) -> Callable[..., Any]:
+    if isinstance(layer, SyncBatchNorm):
+        from .sync import ScratchSyncBatchNorm  # it changes how MXNet words errors
+
+        return ScratchSyncBatchNorm
+    return ScratchBatchNormReLU if layer.fuse_relu else ScratchBatchNorm
+
+
+def _sharing_of(layer: Any) -> dict[str, Any]:
+    """Return which devices share; the key is the layer's own unless somebody has changed it."""
+    options = options_of(layer)
+    own = options["key"] == layer.prefix
+    return {"num_devices": options["ndev"], "key": None if own else options["key"]}
+
+
+def _sync_class(layer: Any) -> list[type]:
+    """Return the class of our layers that share, if a layer is one."""
+    return [cls for cls in type(layer).__mro__ if cls.__name__ == "ScratchSyncBatchNorm"]
 
 
 def _initializers(layer: Any) -> dict[str, Any]:
@@ -287,9 +312,12 @@ def _to_builtin(layer: Any, is_float16: bool) -> _Exchange:
             f"center was changed to {options['center']} after the layer was built; "
             "nn.BatchNorm cannot do that"
         )
-    has_relu = isinstance(layer, ScratchBatchNormReLU)
-    new = (nn.BatchNormReLU if has_relu else nn.BatchNorm)(
-        axis=options["axis"],
+    has_relu, sync = isinstance(layer, ScratchBatchNormReLU), _sync_class(layer)
+    if sync and options["axis"] != 1:
+        raise ValueError(f"axis={options['axis']} has no counterpart in SyncBatchNorm")
+    built_in = nn.BatchNormReLU if has_relu else SyncBatchNorm if sync else nn.BatchNorm
+    new = built_in(
+        **({"num_devices": _number_of_devices(layer)} if sync else {"axis": options["axis"]}),
         momentum=options["momentum"],
         epsilon=options["eps"],
         center=options["center"],
@@ -297,8 +325,17 @@ def _to_builtin(layer: Any, is_float16: bool) -> _Exchange:
         use_global_stats=options["use_global_stats"],
         prefix="fresh_",
     )
-    old = (ScratchBatchNormReLU if has_relu else ScratchBatchNorm)(prefix="fresh_")
+    if sync:
+        options_of(new)["key"] = options["key"] or layer.prefix
+        old = sync[0](num_devices=1, prefix="fresh_")
+    else:
+        old = (ScratchBatchNormReLU if has_relu else ScratchBatchNorm)(prefix="fresh_")
     return _Exchange(layer, old, new, "center=False, but beta is not 0, and the built-in adds it")
+
+
+def _number_of_devices(layer: Any) -> int:
+    """Return how many devices share in a layer of ours; 1 if that is not known yet."""
+    return layer.options.num_devices or max(len(values_of(layer.gamma)), 1)
 
 
 class _Exchange:

@@ -297,6 +297,10 @@ class ScratchBatchNorm(HybridBlock):
         """
         return functional.statistics(F, view, running_mean, running_var, select)
 
+    def training_flag(self, F: Any, x: Array) -> Array:
+        """Return what tells a graph whether it trains, (1,); None leaves it to ``Dropout``."""
+        return None
+
     def update(self, F: Any, running: Array, batch: Array, count: Array) -> Array:
         """Return the new value of a running statistic; a variant may override it.
 

@@ -42,11 +42,12 @@ class GraphMode(Mode):
     one is selected, not multiplied away, so that a NaN in one cannot reach the other.
     """
 
-    def __init__(self, F: Any) -> None:
+    def __init__(self, F: Any, flag: Array = None) -> None:
         super().__init__(training=True, graph=True)
         self.select = self._select
         self._F = F
-        self._flag = F.BlockGrad(F.Dropout(F.ones((1,)), p=0.5) != 1)
+        flag = F.Dropout(F.ones((1,)), p=0.5) != 1 if flag is None else flag
+        self._flag = F.BlockGrad(flag)
 
     def _select(self, batch: Callable[[], Array], running: Array) -> Array:
         F, statistic = self._F, batch()
@@ -57,11 +58,12 @@ class GraphMode(Mode):
         return self._F.where(self._flag, condition, self._F.zeros_like(condition))
 
 
-def mode_now(F: Any, x: Array, may_train: bool) -> Mode:
+def mode_now(F: Any, x: Array, may_train: bool, flag: Array = None) -> Mode:
     """Return the mode for an array, or for the graph that a symbol belongs to.
 
-    With `may_train` False it is inference, whatever ``autograd.is_training()`` says.
+    With `may_train` False it is inference, whatever ``autograd.is_training()`` says. `flag` tells
+    a graph whether it trains, shape (1,), in the place of ``Dropout``.
     """
     if is_symbol(x):
-        return GraphMode(F) if may_train else Mode(training=False, graph=True)
+        return GraphMode(F, flag) if may_train else Mode(training=False, graph=True)
     return Mode(training=may_train and autograd.is_training())

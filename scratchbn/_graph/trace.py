@@ -25,8 +25,11 @@ from mxnet.gluon.block import _flatten
 
 from .arrays import Array, is_symbol
 
-# How a node looks in a graph's JSON whose operator this library compiled: no file may hold one.
-_COMPILED = '"op": "_scratchbn_'
+# The custom operators by which devices share statistics, and learn whether they train.
+TRAINING = "_scratchbn_training"
+EXCHANGE = "_scratchbn_exchange"
+# How a node looks in a graph's JSON whose operator is this library's: no file may hold one.
+_OURS = re.compile(r'"(op|op_type)": "_scratchbn_')
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,7 @@ def _built_to_execute(build_cache: Callable[..., None]) -> Callable[..., None]:
             block._cached_graph = remembered
             raise
         _tell_built(block)
-        if _COMPILED in block._cached_graph[1].tojson() and not block._backend:
+        if _OURS.search(block._cached_graph[1].tojson()) and not block._backend:
             block._cached_graph = remembered
             block._get_graph(*args)
 

@@ -18,7 +18,7 @@ from .way import Layer, State, in_float32, named
 def portable(layer: Layer, F: Any, x: Array, state: State) -> Array:
     """Normalize a batch: Algorithm 1 of the paper in training, Algorithm 2 in inference."""
     options = layer.options
-    mode = mode_now(F, x, may_train=not options.use_global_stats)
+    mode = mode_now(F, x, not options.use_global_stats, layer.training_flag(F, x))
     view = ChannelView(F, x, options.axis)
     running_mean, running_var = (view.shaped(read(v)) for v in state[2:4])
     gamma, beta = view.shaped(state.gamma), view.shaped(state.beta)
@@ -41,9 +41,10 @@ def move_averages(
         # A write that changes nothing keeps them auxiliary states of an exported graph.
         return [write(F, v, read(v), F.zeros_like(v)) for v in state.moving if mode.graph]
     mean, variance = F.BlockGrad(batch.mean), F.BlockGrad(batch.variance)
+    m = getattr(batch, "m", view.m)
     if layer.options.unbiased_variance:
-        variance = functional.unbiased_variance(F, variance, view.m)
-    moves = mode.only_in_training(functional.all_finite(F, mean, variance, 1 / view.m))
+        variance = functional.unbiased_variance(F, variance, m)
+    moves = mode.only_in_training(functional.all_finite(F, mean, variance, 1 / m))
     count = None if state.num_batches is None else read(state.num_batches)
     done = []
     for variable, statistic in ((state.running_mean, mean), (state.running_var, variance)):

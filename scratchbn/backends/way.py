@@ -35,6 +35,9 @@ class Layer(Protocol):
     def activates_by_relu(self) -> bool:
         """Whether `activate` is max(y, 0)."""
 
+    def training_flag(self, F: Any, x: Array) -> Array:
+        """Return what tells a graph whether it trains; None: nothing of the layer's own."""
+
     def statistics(self, F: Any, view: Any, mean: Array, variance: Array, select: Any) -> Any:
         """Choose what to normalize with."""
 

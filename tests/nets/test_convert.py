@@ -475,6 +475,14 @@ class Doubled(nn.BatchNorm):
         return 2 * super().hybrid_forward(F, x, **parameters)
 
 
+class DoubledSync(SyncBatchNorm):
+    def __init__(self):
+        super().__init__(num_devices=1)
+
+    def hybrid_forward(self, F, x, **parameters):
+        return 2 * super().hybrid_forward(F, x, **parameters)
+
+
 class Mixin:
     def reset(self):
         self.running_mean.set_data(mx.nd.zeros_like(self.running_mean.data()))
@@ -514,7 +522,7 @@ def test_a_harmless_subclass_comes_back(convert, back, source, target):
 @pytest.mark.parametrize(
     ("convert", "layer", "reason"),
     [
-        (to_scratch, lambda: SyncBatchNorm(num_devices=1), "normalizes over all devices"),
+        (to_scratch, DoubledSync, "has hybrid_forward of its own"),
         (to_scratch, Doubled, "has hybrid_forward of its own"),
         (to_scratch, Resettable, "has reset of its own"),
         (to_scratch, Slotted, "has __slots__, extra of its own"),
