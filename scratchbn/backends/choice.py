@@ -46,7 +46,7 @@ def is_native(devices: Set[str], purpose: str) -> bool:
         return False
     if name == "auto":
         on_cpu = bool(devices) and devices <= _CPU
-        return purpose == "execute" and on_cpu and kernel.available()
+        return purpose in ("eager", "execute") and on_cpu and kernel.available()
     if not devices <= _CPU:
         raise BackendError(
             f"the native backend runs on CPUs, the data is on {', '.join(sorted(devices - _CPU))}: "
@@ -66,9 +66,9 @@ def set_backend(name: str) -> None:
     ----------
     name : {'auto', 'portable', 'native'}
         'portable': operators that every MXNet has, on any device. 'native': the compiled kernel,
-        built now if it has not been; it runs on CPUs. 'auto': native for hybridized nets on a CPU
-        if the kernel is built (``python -m scratchbn build-native``), else portable; eager calls
-        are portable, as their time goes into Python.
+        built now if it has not been; it runs on CPUs. 'auto': native on a CPU, eager and
+        hybridized, if the kernel is built (``python -m scratchbn build-native``), else portable;
+        nothing is ever built for it.
 
     Raises
     ------

@@ -127,7 +127,8 @@ def test_native_refuses_data_that_is_not_on_a_cpu(kernel):
             choice.is_native({"gpu"}, "execute")
     with use_backend("auto"):
         assert not choice.is_native({"gpu", "cpu"}, "execute")
-        assert not choice.is_native({"cpu"}, "eager"), "eager code is portable"
+        assert not choice.is_native(set(), "execute"), "no data that says where"
+        assert choice.is_native({"cpu"}, "eager")
 
 
 # Nets
@@ -142,6 +143,43 @@ def test_auto_runs_the_kernel_in_a_hybridized_net(kernel, unchosen):
         assert runs_kernel(net, x)  # what was traced stays
         net.hybridize()
         assert not runs_kernel(net, x)
+
+
+@pytest.mark.parametrize("backend", ["auto", "native", "portable"])
+def test_an_eager_net_uses_the_kernel_unless_told_not_to(kernel, monkeypatch, backend):
+    calls = []
+
+    def counted(*args, **options):
+        calls.append(1)
+        return native.batch_norm(*args, **options)
+
+    monkeypatch.setattr("scratchbn.backends.native.batch_norm", counted)
+    with use_backend(backend):
+        small_net()(mx.nd.random.normal(shape=(2, 3, 8, 8))).wait_to_read()
+    assert len(calls) == (backend != "portable")
+
+
+def test_an_eager_call_builds_nothing(unbuilt, unchosen):
+    net = small_net()
+    net(mx.nd.ones((2, 3, 8, 8))).wait_to_read()
+    assert native.facts()["problem"]
+
+
+def test_what_was_eager_on_the_kernel_is_exported_and_saved_portable(kernel, unchosen, tmp_path):
+    net, x = small_net(), mx.nd.random.normal(shape=(4, 3, 8, 8))
+    with autograd.record():  # eager, on the kernel
+        loss = net(x).sum()
+    loss.backward()
+    y = net(x).asnumpy()
+    net.hybridize()
+    net(x)
+    net.export(str(tmp_path / "net"))
+    net.save(str(tmp_path / "whole"))
+    for file in ("net-symbol.json", "whole-model.json"):
+        assert OPERATOR not in (tmp_path / file).read_text()
+    files = [str(tmp_path / name) for name in ("net-symbol.json", "net-0000.params")]
+    imported = mx.gluon.SymbolBlock.imports(files[0], ["data"], files[1])
+    np.testing.assert_allclose(imported(x).asnumpy(), y, rtol=1e-5, atol=1e-6)
 
 
 def test_a_variant_is_portable(kernel):
