@@ -7,31 +7,34 @@ from typing import Any, Union
 import mxnet as mx
 import numpy as np
 
+from ._graph.types import BFLOAT16, Dtype, dtype_of, name_of
+
 Initializer = Union[str, mx.init.Initializer]
-Dtype = np.dtype[Any]
 
 # The dtype of Parameters and statistics, by that of the data.
 _STATISTICS: dict[Dtype, Dtype] = {
     np.dtype("float16"): np.dtype("float32"),
+    BFLOAT16: np.dtype("float32"),
     np.dtype("float32"): np.dtype("float32"),
     np.dtype("float64"): np.dtype("float64"),
 }
+_ALLOWED = "float16, bfloat16, float32 or float64"
 
 
 def check_dtype(dtype: Any) -> Dtype:
     """Return a dtype that data may have."""
     try:
-        wanted = np.dtype(dtype)
+        wanted = dtype_of(dtype)
     except TypeError:
         wanted = None
     if wanted not in _STATISTICS:
-        raise TypeError(f"dtype must be float16, float32 or float64, got {dtype!r}")
+        raise TypeError(f"dtype must be {_ALLOWED}, got {dtype!r}")
     return wanted
 
 
 def statistics_dtype(dtype: Any) -> Dtype:
     """Return the dtype of Parameters and statistics for data of a dtype."""
-    return _STATISTICS[np.dtype(dtype)]
+    return _STATISTICS[dtype_of(dtype)]
 
 
 def check_data(x: mx.nd.NDArray, axis: int, channels: int, held: Any) -> None:
@@ -49,13 +52,13 @@ def check_data(x: mx.nd.NDArray, axis: int, channels: int, held: Any) -> None:
         )
     if x.shape[axis] == 0:
         raise ValueError(f"data must have at least 1 channel on axis {axis}, got {x.shape}")
-    dtype = np.dtype(x.dtype)
+    dtype = dtype_of(x.dtype)
     if dtype not in _STATISTICS:
-        raise TypeError(f"data must be float16, float32 or float64, got {dtype.name}")
+        raise TypeError(f"data must be {_ALLOWED}, got {dtype.name}")
     if np.dtype(held) != _STATISTICS[dtype]:
         raise TypeError(
-            f"data of dtype {dtype.name} needs parameters of {_STATISTICS[dtype].name}, got "
-            f"{np.dtype(held).name}: call cast('{dtype.name}') on the layer or the net first"
+            f"data of dtype {name_of(dtype)} needs parameters of {_STATISTICS[dtype].name}, got "
+            f"{np.dtype(held).name}: call cast('{name_of(dtype)}') on the layer or the net first"
         )
 
 

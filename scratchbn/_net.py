@@ -283,6 +283,14 @@ def has_value(parameter: Parameter) -> bool:
     return parameter._data is not None
 
 
+def devices_of(net: Block) -> list[Any]:
+    """Return the devices that a net's parameters are on, or will be; none if it has none."""
+    for parameter in net.collect_params().values():
+        if parameter._data is not None or parameter._deferred_init:
+            return list(parameter.list_ctx())
+    return []
+
+
 def initialize_now(parameter: Parameter, init: Any, device: Any) -> None:
     """Give a parameter new arrays, whatever it has and whatever was deferred."""
     parameter._deferred_init = ()

@@ -72,7 +72,8 @@ class ScratchBatchNorm(HybridBlock):
     gamma, beta : Parameter, shape (C,)
         Trainable; with ``grad_req='null'`` and unused where `scale` or `center` is False.
     running_mean, running_var : Parameter, shape (C,)
-        ``grad_req='null'``. float32 for input of float16 and float32, float64 for float64.
+        ``grad_req='null'``. float32 for input of float16, bfloat16 and
+        float32; float64 for float64.
 
     Raises
     ------
@@ -81,15 +82,15 @@ class ScratchBatchNorm(HybridBlock):
 
     Notes
     -----
-    Inputs and outputs: **data**, of any rank >= 2 and of dtype float16, float32 or float64, and
-    the result, of the same shape and dtype. Statistics of float16 are computed in float32.
+    Inputs and outputs: **data**, of any rank >= 2 and of dtype float16, bfloat16, float32 or
+    float64, and the result, of the same shape and dtype. What has 16 bits is computed in float32.
 
     A training batch that is empty, or in which any channel's mean or variance is not finite,
     leaves all running statistics as they are. A batch of one value per channel has variance 0.
     A running statistic that is not finite stays so until it is set.
 
-    A graph is for float16 if the layer was cast to it or the input of the whole net was, and it
-    keeps that: cast the net and export it again.
+    A graph is for float16 if the layer was cast to it, the input of the whole net was, or AMP casts
+    what is before the layer; it keeps that: cast the net and export it again.
 
     A graph asks for its mode with a ``Dropout`` operator, which draws one random number per call:
     under the same seed, other random operators of the net see another stream.
@@ -213,7 +214,7 @@ class ScratchBatchNorm(HybridBlock):
         Parameters
         ----------
         dtype : str or numpy.dtype
-            float16, float32 or float64. The Parameters are float32 for float16.
+            float16, bfloat16, float32 or float64. The Parameters are float32 for 16 bits.
 
         Raises
         ------
@@ -242,7 +243,7 @@ class ScratchBatchNorm(HybridBlock):
         Parameters
         ----------
         x : NDArray, np.ndarray or Symbol
-            float16, float32 or float64; rank >= 2; C channels on the layer's axis.
+            float16, bfloat16, float32 or float64; rank >= 2; C channels on the layer's axis.
 
         Returns
         -------
@@ -254,12 +255,12 @@ class ScratchBatchNorm(HybridBlock):
         ValueError
             If the rank, the axis or the number of channels is wrong.
         TypeError
-            If the dtype is none of the three, or not the one the layer was cast to. Inside a
+            If the dtype is none of the four, or not the one the layer was cast to. Inside a
             hybridized net MXNet itself reports wrong shapes and types, as an MXNetError.
         """
         if isinstance(x, mx.nd.NDArray):
             self._check_input(x)
-            if x.dtype != self._traced_for:  # a graph is for float16 or not
+            if x.dtype != self._traced_for:  # a graph is for 16 bits or not
                 self._clear_cached_op()
                 self._traced_for = x.dtype
         return super().forward(x)

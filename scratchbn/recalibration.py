@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -22,6 +23,7 @@ from ._net import (
     channel_axis,
     check_block,
     copies_of,
+    devices_of,
     eager,
     norm_layers,
     options_of,
@@ -46,6 +48,7 @@ def recalibrate(
     *,
     mode: str = "population",
     progress: bool = True,
+    call: Callable[[Any, Any], Any] | None = None,
 ) -> int:
     """Set the running statistics of all norm layers of a net to those of the data.
 
@@ -63,8 +66,10 @@ def recalibrate(
         Any initialized net, hybridized or not, with norm layers of the :class:`ScratchBatchNorm`
         or the ``nn.BatchNorm`` family.
     data : iterable
-        Of batches: each an NDArray, or a list or tuple such as (data, label), whose first item
-        the net is called with. They belong on the net's device, or on one of them.
+        Of batches: each an NDArray; a list or tuple such as (data, label), whose first item the
+        net is called with, with all of them if that is itself a list or tuple of NDArrays; or a
+        ``mx.io.DataBatch``, whose data it is called with, without what pads the last one. Arrays
+        that are on none of the net's devices are copied to its first.
     batches : int, optional
         Use so many batches and no more; default: all.
     mode : {'population', 'cumulative'}
@@ -73,6 +78,9 @@ def recalibrate(
         ``momentum=None`` converges to.
     progress : bool, default True
         Show a bar, on a terminal and where tqdm is installed.
+    call : callable, optional
+        How the net is called: ``call(net, batch)``, with a batch as `data` yields it; for nets
+        and batches of any other form. Arrays are then handed over where they are.
 
     Returns
     -------
@@ -128,6 +136,10 @@ def recalibrate(
         batches = check_integer("batches", batches, least=1)
     mode = check_choice("mode", mode, _ACCUMULATORS)
     progress = check_flag("progress", progress)
+    if call is not None and not callable(call):
+        raise TypeError(f"call must be callable as call(net, batch), got {call!r}")
+    if isinstance(data, mx.io.DataIter):
+        data.reset()  # one that was read to its end has nothing left
 
     blocks = blocks_of(net)
     warn_of_hidden(blocks, "are not recalibrated")
@@ -137,7 +149,7 @@ def recalibrate(
         return 0
     mx.nd.waitall()  # graphs with static_shape write to the statistics behind the engine's back
     gathered = _Gathered(_ACCUMULATORS[mode])
-    used = _gather(net, blocks, norms, _first_items(data, batches, progress), gathered)
+    used = _gather(net, blocks, norms, _calls(net, data, batches, progress, call), gathered)
     if used < (batches or 1):
         raise ValueError(f"data must have at least {batches or 1} batches, got {used}")
     _write([value for layer in layers for value in _new_values(layer, gathered)])
@@ -148,8 +160,14 @@ def _is_frozen(layer: Any) -> bool:
     return bool(options_of(layer)["use_global_stats"])
 
 
-def _first_items(data: Iterable[Any], batches: int | None, progress: bool) -> Iterator[Array]:
-    """Yield what the net is called with, under a progress bar."""
+def _calls(
+    net: Any,
+    data: Iterable[Any],
+    batches: int | None,
+    progress: bool,
+    call: Callable[[Any, Any], Any] | None,
+) -> Iterator[Callable[[], Any]]:
+    """Yield what calls the net with each batch, under a progress bar."""
     wanted: Iterable[Any] = islice(data, batches)
     if progress and importlib.util.find_spec("tqdm") is not None:
         from tqdm import tqdm
@@ -158,14 +176,31 @@ def _first_items(data: Iterable[Any], batches: int | None, progress: bool) -> It
         wanted = tqdm(
             wanted, total=total, desc="recalibrate", unit="batch", leave=False, disable=None
         )
+    devices = devices_of(net)
     for number, batch in enumerate(wanted):
-        first = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
-        if not isinstance(first, mx.nd.NDArray):
-            raise TypeError(
-                "data must have batches that are NDArrays, or lists or tuples that begin with one; "
-                f"batch {number} is {_kind(batch)}"
-            )
-        yield first
+        if call is not None:
+            yield partial(call, net, batch)
+        else:
+            yield partial(net, *(_on(devices, x) for x in _inputs(batch, number)))
+
+
+def _inputs(batch: Any, number: int) -> list[Array]:
+    """Return the arrays of a batch that a net is called with."""
+    first = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
+    if isinstance(batch, mx.io.DataBatch):
+        first = [x[: len(x) - (batch.pad or 0)] for x in batch.data]
+    arrays = list(first) if isinstance(first, (list, tuple)) else [first]
+    if not arrays or not all(isinstance(x, mx.nd.NDArray) for x in arrays):
+        raise TypeError(
+            "data must have batches that are NDArrays or DataBatches, or lists or tuples that "
+            f"begin with one NDArray or a list of them; batch {number} is {_kind(batch)}: "
+            "call=lambda net, batch: ... takes any other"
+        )
+    return arrays
+
+
+def _on(devices: list[Any], x: Array) -> Array:
+    return x if not devices or x.context in devices else x.as_in_context(devices[0])
 
 
 def _kind(batch: Any) -> str:
@@ -179,17 +214,17 @@ def _gather(
     net: Any,
     blocks: dict[Block, str],
     norms: dict[Any, str],
-    inputs: Iterator[Array],
+    calls: Iterator[Callable[[], Any]],
     gathered: Any,
 ) -> int:
-    """Run the net on all inputs; leave everything as it was, and return how many there were."""
+    """Run the net on all batches; leave everything as it was, and return how many there were."""
     used = 0
     with ExitStack() as stack:
         stack.enter_context(autograd.pause(train_mode=True))
         stack.enter_context(eager(blocks))
-        for x in inputs:
+        for run in calls:
             if not used:
-                _finish_initialization(net, norms, x)
+                _finish_initialization(norms, run)
                 stack.callback(put_back, copies_of(hidden_states(blocks)))
                 hooks = {}
                 for layer, path in norms.items():
@@ -199,7 +234,7 @@ def _gather(
                         stack.callback(layer.register_forward_hook(hook).detach)
                 for block in imported(blocks):
                     stack.callback(_observe_graph(block, hooks).detach)
-            net(x)
+            run()
             used += 1
         mx.nd.waitall()  # for errors of what runs asynchronously
     return used
@@ -215,10 +250,10 @@ def _observe_graph(block: Any, hooks: dict[Any, _GatheringHook]) -> Any:
     return block.register_forward_pre_hook(enter)
 
 
-def _finish_initialization(net: Any, norms: Iterable[Any], x: Array) -> None:
+def _finish_initialization(norms: Iterable[Any], run: Callable[[], Any]) -> None:
     if not all(values_of(layer.running_mean) for layer in norms):
         with autograd.predict_mode():
-            net(x)
+            run()
 
 
 class _Gathered(dict[Any, Any]):

@@ -12,7 +12,6 @@ import json
 import os
 import shlex
 import sys
-import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -29,14 +28,13 @@ try:
     import scratchbn.train as training  # first: mxnet alone would serve in a server, not return
     from scratchbn import DeviceError, ScratchBatchNorm
     from scratchbn._text import rich_table, table
-    from scratchbn._writing import staged_folder
     from scratchbn.datasets import Dataset, DatasetError, load
-    from scratchbn.deploy import write_inference_symbol
     from scratchbn.monitor import Monitor
     from scratchbn.parity import Report, compare
     from scratchbn.train import Run, Session, Workers
     from scratchbn.train.cluster import LAUNCHER
     from scratchbn.train.plot import plot
+    from scratchbn.train.results import save_net, write_or_elsewhere
 
     import mxnet as mx
     import numpy as np
@@ -62,11 +60,13 @@ EPILOG = """\
 The loss shown is the moving average (.99 of the old value, .01 of the new) of the mean loss of each
 training batch. Seconds are those of the training steps, without the evaluation.
 
-Ctrl-C saves a checkpoint and prints the command that continues; a second Ctrl-C does not wait.
+Ctrl-C and SIGTERM save a checkpoint and print the command that continues; a second one does not
+wait. What the disk refuses is kept in memory, and written to a directory for temporary files at
+the end.
 
 Exit status: 0 if the comparison in float64 and the exported symbols hold; 1 if not, or if the loss
-is not finite; 2 for an option, data set, device or checkpoint that cannot be used; 130 after
-Ctrl-C."""
+is not finite; 2 for an option, data set, device or checkpoint that cannot be used; 3 if the disk
+refused a file; 130 after Ctrl-C, 143 after SIGTERM."""
 
 
 # fmt: off
@@ -211,15 +211,17 @@ def attempt(options: Namespace, arguments: Sequence[str], workers: Workers) -> i
         return train(options, devices, dataset, workers)
     except training.Interrupted as interruption:
         if interruption.path is None:
-            return fail(NAME, 130, str(interruption))
+            return fail(NAME, interruption.status, str(interruption))
         if workers.rank == 0:
             resume = [] if options.resume else ["--resume"]
             command = shlex.join([sys.executable, os.path.abspath(__file__), *arguments, *resume])
             launcher = os.environ.get(LAUNCHER, "")
             print(f"{interruption}\nto go on: {launcher}{command}", flush=True)
-        return 130
+        return interruption.status
     except FloatingPointError as error:
         return fail(NAME, 1, f"{error}: try a lower --lr")
+    except training.WriteError as error:
+        return fail(NAME, 3, str(error))
     except (training.CheckpointError, OSError) as error:
         return fail(NAME, 2, str(error))
 
@@ -256,12 +258,12 @@ def train(options: Namespace, devices: list[Any], dataset: Dataset, workers: Wor
         identity={
             **{f"--{name.replace('_', '-')}": getattr(options, name) for name in decisive},
             "--no-hybridize": not options.hybridize,
-            "--device": device_names,
             "data": dataset.name,
             "images": [*images, *test],
         },
         seed=options.seed,
         every=options.checkpoint_every,
+        place={"--device": device_names},
         resume=options.resume,
         say=say,
         progress=not options.debug,  # which shows a table
@@ -315,7 +317,8 @@ def train(options: Namespace, devices: list[Any], dataset: Dataset, workers: Wor
         metrics["data"].update(counts)
         metrics.update(device=device_names, workers=workers.size, options=vars(options))
         sample = mx.nd.array(test[0][:EVALUATION_BATCH], device)
-        return write_results(metrics, runs, net, sample, check)
+        status = write_results(metrics, runs, net, sample, check)
+        return fail(NAME, 3, session.unsaved) if session.unsaved else status
 
 
 # --- results -----------------------------------------------------------------------------------
@@ -325,20 +328,25 @@ def write_results(
     metrics: dict[str, Any], runs: list[Run], net: Any, sample: Any, check: Report | None
 ) -> int:
     """Write all files at once, print a table and what failed; return the exit status."""
-    out = metrics["options"]["out"]
-    with staged_folder(out) as folder:
-        exported = save_net(net, sample, folder)
+    out, status = metrics["options"]["out"], 0
+    epochs = [{"norm": run.name, **epoch} for run in runs for epoch in run.epochs]
+    metrics["epochs"] = sorted(epochs, key=lambda epoch: epoch["epoch"])
+    metrics["crosscheck"] = check_metrics(check)
+
+    def write(folder: Path) -> float:
+        exported = save_net(net, sample, folder / "lenet")
         plot(runs, folder / "curves.png", f"LeNet on {metrics['data']['name']}")
-        epochs = [{"norm": run.name, **epoch} for run in runs for epoch in run.epochs]
-        metrics["epochs"] = sorted(epochs, key=lambda epoch: epoch["epoch"])
-        metrics["crosscheck"] = check_metrics(check)
         metrics["export"] = {"max_abs_diff": finite_or_none(exported)}
         text = json.dumps(metrics, indent=2, default=str)
         (folder / "metrics.json").write_text(text + "\n", "utf-8")
+        return exported
+
+    exported, out, refused = write_or_elsewhere(out, write)
+    if refused is not None:
+        status = fail(NAME, 3, f"cannot write to {refused}; the results are in {out}")
     print_table(runs, check, exported)
     print(f"written to {out}", flush=True)
 
-    status = 0
     if check is not None and not check:
         print(check)
         status = fail(NAME, 1, f"the cross-check {check.verdict}")
@@ -346,25 +354,6 @@ def write_results(
         difference = f"differ from the net's by {exported:.1e}"
         status = fail(NAME, 1, f"the exported symbols' scores {difference}")
     return status
-
-
-def save_net(net: Any, sample: Any, folder: Path) -> float:
-    """Write parameters and symbols; return how far a symbol read back differs in its scores."""
-    net.save_parameters(str(folder / "lenet.params"))
-    expected = net(sample)
-    net.hybridize()
-    net(sample)
-    net.export(str(folder / "lenet"))
-    params, symbol = str(folder / "lenet-0000.params"), str(folder / "lenet-symbol.json")
-    # A graph of the same parameters that only infers, and is faster; it is compared below.
-    infer = write_inference_symbol(symbol, params=params, verify=False)
-    differences = []
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Cannot decide type")  # of data; it is float32
-        for file in (symbol, infer):
-            imported = gluon.SymbolBlock.imports(file, ["data"], params, ctx=sample.context)
-            differences.append(float((imported(sample) - expected).abs().max().asscalar()))
-    return float(np.max(differences))  # keeps NaN
 
 
 def check_metrics(check: Report | None) -> dict[str, Any]:

@@ -30,6 +30,8 @@ CLOSE = {
     "float16": {"rtol": 5e-3, "atol": 5e-3},
 }
 
+BFLOAT16 = np.dtype([("bfloat16", np.uint16)])  # as MXNet has it
+
 
 def array(values, device, dtype="float64"):
     """A device array of the kind in use: `mx.np` under `npx.set_np`, `mx.nd` otherwise."""

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mxnet as mx
-import numpy as np
 from mxnet.attribute import AttrScope
 from mxnet.gluon import Block, HybridBlock, SymbolBlock
 from mxnet.gluon.block import _flatten
@@ -77,25 +76,6 @@ def current() -> Trace:
 def key_of(variable: Array) -> tuple[str, str | None]:
     """Return what a trace knows a variable by; the body of a loop is a graph of its own."""
     return variable.name, AttrScope._current.value.get(None).get("__subgraph_name__")
-
-
-def is_float16(x: Array, layer_dtype: Any) -> bool:
-    """Tell whether `x` is float16, as far as can be known; `layer_dtype` is the last resort.
-
-    A symbol's dtype is inferred from the arrays of the trace. Inference visits the whole graph, so
-    it is not done where nothing hints at float16.
-    """
-    if not is_symbol(x):
-        return np.dtype(x.dtype) == np.float16
-    given = {name: a.dtype for name, a in current().arrays.items()}
-    if np.float16 not in (layer_dtype, *map(np.dtype, given.values())):
-        return False
-    used = set(x.list_arguments())
-    try:
-        _, outputs, _ = x.infer_type_partial(**{k: v for k, v in given.items() if k in used})
-    except mx.MXNetError:  # an operator that cannot tell its type from what is known
-        outputs = None
-    return np.dtype(outputs[0] if outputs and outputs[0] else layer_dtype) == np.float16
 
 
 def devices_of(x: Array) -> set[str]:

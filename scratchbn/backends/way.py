@@ -8,7 +8,9 @@ from typing import Any, Callable, NamedTuple, Protocol
 from .._graph.arrays import Array, is_symbol, to_classic
 from .._graph.kernels import distinct
 from .._graph.names import DistinctNames
-from .._graph.trace import is_float16
+from .._graph.operators import F as OPERATORS
+from .._graph.operators import amp_is_on, ordinary, plain
+from .._graph.types import narrow_dtype, survives_export
 from .._options import Options
 
 
@@ -77,27 +79,37 @@ Way = Callable[[Layer, Any, Array, State], Array]
 
 
 def in_float32(way: Way) -> Way:
-    """Compute what is float16 in float32."""
+    """Compute what is float16 or bfloat16 in float32."""
 
     @functools.wraps(way)
     def computed(layer: Layer, F: Any, x: Array, state: State) -> Array:
-        if not is_float16(x, layer.data_dtype):
+        dtype = narrow_dtype(x, layer.data_dtype)
+        if dtype is None:
             return way(layer, F, x, state)
-        x = distinct(F.cast(x, dtype="float32"))
-        return F.cast(way(layer, F, x, state), dtype="float16")
+        # Where x has 16 bits because AMP cast it, files hold neither that cast nor these.
+        of_amp = is_symbol(x) and not survives_export(x, dtype)
+        cast = F.amp_cast if of_amp else F.cast
+        y = cast(way(layer, F, distinct(cast(x, dtype="float32")), state), dtype=dtype)
+        return F.identity(y) if of_amp else y  # MXNet leaves a cast of AMP that ends a graph
 
     return computed
 
 
 def named(way: Way) -> Way:
-    """In a graph, call the last node of a layer ``<layer>_fwd``, as Gluon's own layers do."""
+    """In a graph, call the last node of a layer ``<layer>_fwd``, as Gluon's own layers do.
+
+    The nodes are MXNet's own operators, where AMP is on too.
+    """
 
     @functools.wraps(way)
     def computed(layer: Layer, F: Any, x: Array, state: State) -> Array:
         if not is_symbol(x):
             return way(layer, F, x, state)
         with DistinctNames() as names:
-            y = way(layer, F, x, state)
+            if amp_is_on():
+                y = ordinary(way(layer, OPERATORS, plain(x), State(*map(plain, state))))
+            else:
+                y = way(layer, F, x, state)
             names.name_last(y, "fwd")
         return y
 

@@ -7,7 +7,7 @@ starts a job on this machine, :mod:`scratchbn.train.plot` draws the curves of ru
 """
 
 from . import _mxnet  # noqa: F401  (before any other module imports MXNet)
-from .checkpoint import CheckpointError, Checkpoints
+from .checkpoint import CheckpointError, Checkpoints, WriteError
 from .cluster import ALONE, Alone, Cluster, ClusterError, Workers, end_on_error, join
 from .options import add_arguments, make_directory, resolve_devices, workers_of
 from .run import Run, read_values, write_values
@@ -24,6 +24,7 @@ __all__ = [
     "Run",
     "Session",
     "Workers",
+    "WriteError",
     "add_arguments",
     "end_on_error",
     "join",

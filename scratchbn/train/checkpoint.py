@@ -15,7 +15,7 @@ import numpy as np
 
 from .._writing import UNFINISHED, PathLike
 
-__all__ = ["KEPT", "CheckpointError", "Checkpoints"]
+__all__ = ["KEPT", "CheckpointError", "Checkpoints", "WriteError"]
 
 KEPT = 3
 """How many checkpoints stay when another one is saved."""
@@ -27,6 +27,10 @@ _NAME = "step-{:09d}"
 
 class CheckpointError(RuntimeError):
     """Checkpoints that cannot be used, or must not be added to."""
+
+
+class WriteError(CheckpointError):
+    """A checkpoint that the disk refused; those before it are as they were."""
 
 
 class _DamagedError(Exception):
@@ -46,6 +50,8 @@ class Checkpoints:
     identity : mapping
         Whatever decides the result of the run, by name, as JSON values and NumPy arrays, of which
         a digest is kept: only a run with the same identity can resume from a checkpoint.
+    place : mapping, optional
+        On what the run is done, by name, as JSON values: kept, and said where it has changed.
 
     Examples
     --------
@@ -61,9 +67,19 @@ class Checkpoints:
     >>> folder.cleanup()
     """
 
-    def __init__(self, directory: PathLike, identity: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        directory: PathLike,
+        identity: Mapping[str, Any],
+        place: Mapping[str, Any] | None = None,
+    ) -> None:
         self.directory = Path(directory)
         self._identity = json.loads(json.dumps(identity, default=_digest))
+        self._place = dict(place or {})
+
+    def beside(self, directory: PathLike) -> Checkpoints:
+        """Return the checkpoints of the same run in another directory."""
+        return Checkpoints(directory, self._identity, self._place)
 
     def steps(self) -> list[int]:
         """Return the steps that have a checkpoint, good or not, in order."""
@@ -84,7 +100,8 @@ class Checkpoints:
         Parameters
         ----------
         say : callable
-            Receives a line about each damaged checkpoint that is passed over.
+            Receives a line about each damaged checkpoint that is passed over, and about what has
+            changed of the place.
 
         Raises
         ------
@@ -100,6 +117,10 @@ class Checkpoints:
                 say(f"{path} is damaged ({damage}), passed over")
                 continue
             self._check_identity(path, manifest)
+            before = manifest.get("place", {})
+            for name, now in self._place.items():
+                if before.get(name, now) != now:
+                    say(f"{path} is of {name} {before[name]}, now {now}: it goes on, rounded anew")
             return path
         if steps:
             raise CheckpointError(
@@ -124,12 +145,14 @@ class Checkpoints:
 
         Raises
         ------
+        WriteError
+            If the disk refuses; the other checkpoints stay.
         CheckpointError
-            If there are checkpoints of another run, or the disk refuses; the others stay.
+            If there are checkpoints of another run.
         """
-        self._refuse_other_runs()
         path = self.path(step)
         try:
+            self._refuse_other_runs()
             self.directory.mkdir(parents=True, exist_ok=True)
             for left_over in self.directory.glob(f"{UNFINISHED}*"):  # by a run that was killed
                 shutil.rmtree(left_over, ignore_errors=True)
@@ -144,7 +167,7 @@ class Checkpoints:
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
         except OSError as error:
-            raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
+            raise WriteError(f"cannot write {path}: {error.strerror or error}") from error
         for old in [s for s in self.steps() if s <= step][:-KEPT]:
             shutil.rmtree(self.path(old), ignore_errors=True)
         return path
@@ -161,7 +184,8 @@ class Checkpoints:
         files = {file.name: _sha256(file) for file in sorted(staging.iterdir())}
         for name in files:
             _sync(staging / name)
-        manifest = {"format": _FORMAT, "step": step, "run": self._identity, "sha256": files}
+        about = {"run": self._identity, "place": self._place}
+        manifest = {"format": _FORMAT, "step": step, **about, "sha256": files}
         (staging / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
         _sync(staging / _MANIFEST)
         _sync(staging)
@@ -171,7 +195,7 @@ class Checkpoints:
         different = [
             f"{name} {theirs.get(name)!r}, now {ours.get(name)!r}"
             for name in dict.fromkeys([*ours, *theirs])
-            if theirs.get(name) != ours.get(name)
+            if theirs.get(name) != ours.get(name) and name not in self._place
         ]
         if different:
             raise CheckpointError(f"{path} is of another run: {'; '.join(different)}")

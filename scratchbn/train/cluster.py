@@ -116,7 +116,7 @@ class Cluster:
 
     def leave(self, status: int) -> int:
         """Leave the job: together with the others, or at once if `status` says it failed."""
-        if status not in (0, 130):
+        if status not in (0, 130, 143):  # 128 and the number of a signal
             _exit(status)
         self.store._barrier()  # others may still write files; the watch goes on until they are done
         self._watch.stop()

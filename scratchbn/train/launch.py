@@ -32,10 +32,11 @@ Example:
       python scripts/train_lenet.py --kvstore dist_sync --epochs 2
 
 Every line of output begins with the process it comes from. When a process fails, all others are
-ended. Ctrl-C is passed on to the workers, which may save their work; a second Ctrl-C ends all.
+ended. Ctrl-C and SIGTERM are passed on to the workers, which may save their work; a second one
+ends all.
 
 Exit status: 0 if all went well; otherwise that of the first process that failed, 1 if a signal
-ended it; 2 for a command that cannot be run; 130 after Ctrl-C."""
+ended it; 2 for a command that cannot be run; 130 after Ctrl-C, 143 after SIGTERM."""
 
 _LOOPBACK = "127.0.0.1"
 _POLL_SECONDS = 0.1
@@ -83,13 +84,17 @@ def launch(command: Sequence[str], workers: int = 2, servers: int = 1) -> int:
         _say(f"error: no program {command[0]!r}")
         return 2
     interrupts: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
+    previous = {
+        number: signal.signal(number, lambda number, _: interrupts.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         with ExitStack() as cleanup:
             processes = _start(command, workers, servers, cleanup)
             return _wait(processes, interrupts)
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @dataclass(frozen=True)
@@ -180,19 +185,19 @@ def _wait(processes: list[_Process], interrupts: list[int]) -> int:
         failed = [p for p in processes if p.popen.returncode not in (None, 0)]
         if len(interrupts) > 1:
             _say("interrupted again: ending the job")
-            return 130
+            return 128 + interrupts[0]
         if interrupts and not passed_on:
             passed_on = True
             _say("interrupted: the workers may save their work")
             for process in running:
                 if process.is_worker:
-                    process.popen.send_signal(signal.SIGINT)
+                    process.popen.send_signal(interrupts[0])
         if failed and not passed_on:
             _say(f"error: {failed[0].ending()}; ending the job")
             return max(failed[0].popen.returncode, 1)
         if not any(p.is_worker for p in running):
             if passed_on:
-                return 130
+                return 128 + interrupts[0]
             if not running:
                 return 0
             workers_done = workers_done or time.monotonic()
@@ -207,8 +212,8 @@ def _end(processes: list[_Process]) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
         deadline = time.monotonic() + _GRACE_SECONDS
         for process in processes:
-            if process.popen.poll() is None:
-                os.killpg(process.popen.pid, number)
+            if process.popen.poll() is None:  # a worker would wait for the others to save
+                os.killpg(process.popen.pid, signal.SIGKILL if process.is_worker else number)
         for process in processes:
             try:
                 process.popen.wait(max(0.0, deadline - time.monotonic()))

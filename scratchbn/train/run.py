@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import time
@@ -280,18 +281,29 @@ class Run:
             From :meth:`statistics`, for one worker to save what all have gathered.
         """
         copies = self.statistics() if statistics is None else statistics
-        np.savez(folder / f"{self.name}.npz", **{**read_values(self.net), **copies})
+        archive = io.BytesIO()  # one that is written to a full disk complains again when collected
+        np.savez(archive, **{**read_values(self.net), **copies})
+        (folder / f"{self.name}.npz").write_bytes(archive.getvalue())
         self.trainer.save_states(str(folder / f"{self.name}.states"))
         progress = {"losses": self.losses, "epochs": self.epochs, "seconds": self.seconds}
         (folder / f"{self.name}.json").write_text(json.dumps(progress), "utf-8")
 
     def load(self, folder: Path) -> None:
-        """Make the run what it was when :meth:`save` wrote it."""
+        """Make the run what it was when :meth:`save` wrote it.
+
+        On another number of devices or workers, each copy of a running statistic becomes the
+        average of those that were saved.
+        """
         with np.load(folder / f"{self.name}.npz", allow_pickle=False) as values:
             for parameter in self._trained:
                 parameter.set_data(mx.nd.array(values[parameter.name], dtype=parameter.dtype))
             for parameter in self._statistics:
-                own = values[parameter.name][self.workers.rank]
+                saved = values[parameter.name]
+                if saved.shape[:2] != (self.workers.size, len(self.devices)):
+                    average = saved.mean(axis=(0, 1))
+                    own = np.broadcast_to(average, (len(self.devices), *average.shape))
+                else:
+                    own = saved[self.workers.rank]
                 for copy, value in zip(parameter.list_data(), own):
                     copy[:] = mx.nd.array(value, ctx=copy.context, dtype=parameter.dtype)
         self.trainer.load_states(str(folder / f"{self.name}.states"))

@@ -1,10 +1,11 @@
-"""Runs side by side on the same batches: resume, checkpoints, and what Ctrl-C does."""
+"""Runs side by side on the same batches: resume, checkpoints, and what Ctrl-C and SIGTERM do."""
 
 from __future__ import annotations
 
 import importlib.util
 import math
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -18,32 +19,39 @@ import numpy as np
 from .. import __version__, get_backend
 from .._checks import check_integer
 from .._writing import PathLike
-from .checkpoint import CheckpointError, Checkpoints
+from .checkpoint import CheckpointError, Checkpoints, WriteError
 from .run import Run
 
 __all__ = ["Interrupted", "Session"]
 
 
 class Interrupted(Exception):
-    """Ctrl-C, after the runs were saved.
+    """Ctrl-C or SIGTERM, after the runs were saved.
 
     Attributes
     ----------
     path : Path or None
-        The checkpoint; None if none could be saved.
+        The checkpoint; None if none could be saved where checkpoints belong.
+    status : int
+        What the process should exit with: 128 and the number of the signal, 130 or 143.
     """
 
-    def __init__(self, message: str, path: Path | None = None) -> None:
+    def __init__(self, message: str, path: Path | None = None, status: int = 130) -> None:
         super().__init__(message)
         self.path = path
+        self.status = status
 
 
 class Session:
     """Train runs side by side, epoch by epoch, so that they can be stopped and resumed.
 
-    As a context manager it resumes on entry and has Ctrl-C finish the step, save a checkpoint and
-    raise :class:`Interrupted`; a second Ctrl-C is a ``KeyboardInterrupt`` at once. In a job all
-    workers hold a session, and the one of rank 0 writes.
+    As a context manager it resumes on entry and has Ctrl-C and SIGTERM finish the step, save a
+    checkpoint and raise :class:`Interrupted`; a second one is a ``KeyboardInterrupt`` at once. In
+    a job all workers hold a session, and the one of rank 0 writes.
+
+    A checkpoint that the disk refuses does not end the training: it is said, the runs stay in
+    memory, and the next one is tried. At an interruption, at the end, and where a file error
+    leaves the ``with`` block, the runs are then saved in a new directory for temporary files.
 
     Parameters
     ----------
@@ -56,8 +64,8 @@ class Session:
         Where the checkpoints are; see :class:`Checkpoints`.
     identity : mapping
         Whatever else decides the result, by name, as JSON values and arrays: runs resume only from
-        a checkpoint of the same. The order of the examples, the number of workers, the backend and
-        the versions are added to it.
+        a checkpoint of the same. The order of the examples, the backend and the versions are
+        added to it.
     seed : int, default 0
         For MXNet's random generator. Its state cannot be read, so it is seeded anew wherever a
         run can be resumed: at the start of an epoch and after each checkpoint.
@@ -69,11 +77,16 @@ class Session:
         Receives a line about the checkpoints found.
     progress : bool, default True
         Show a bar, on a terminal and where tqdm is installed.
+    place : mapping, optional
+        On what the runs are trained, by name, as JSON values. It may change, as the number of
+        devices and workers may: that is said, and each starts with the average of the statistics.
 
     Attributes
     ----------
     runs : sequence of Run
     steps_per_epoch : int
+    unsaved : str or None
+        Why the newest checkpoint could not be written where checkpoints belong.
 
     Raises
     ------
@@ -112,6 +125,7 @@ class Session:
         resume: bool = False,
         say: Callable[[str], None] = print,
         progress: bool = True,
+        place: Mapping[str, Any] | None = None,
     ) -> None:
         check_integer("batch_size", batch_size, least=1)
         if every is not None:
@@ -130,26 +144,28 @@ class Session:
             folder,
             {
                 **identity,
-                "workers": self._workers.size,
                 "order": orders[0],
                 "backend": get_backend(),
                 "versions": f"scratchbn {__version__}, mxnet {mx.__version__}",
             },
+            {**(place or {}), "workers": self._workers.size},
         )
         self._seed = seed
         self._every = every
         self._resume = resume
         self._say = say
         self._progress = progress
-        self._stop_requested = False
-        self._previous_handler: Any = None
+        self.unsaved: str | None = None
+        self._stop_signal = 0
+        self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Session:
         folder = self._checkpoint_to_resume()
         if folder is not None:
             self._load(folder)
         if threading.current_thread() is threading.main_thread():
-            self._previous_handler = signal.signal(signal.SIGINT, self._request_stop)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous_handlers[number] = signal.signal(number, self._request_stop)
         return self
 
     def __exit__(
@@ -158,8 +174,12 @@ class Session:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._previous_handler is not None:
-            signal.signal(signal.SIGINT, self._previous_handler)
+        try:
+            if isinstance(error, OSError) and self._workers.size == 1 and self._steps():
+                raise WriteError(f"{error}; {self._rescue(self._writer())}") from error
+        finally:
+            for number, handler in self._previous_handlers.items():
+                signal.signal(number, handler)
 
     def epochs(self) -> Iterator[tuple[Run, int, Iterator[np.ndarray]]]:
         """Yield what is left to do: a run, the number of an epoch from 1, and its batches.
@@ -170,25 +190,25 @@ class Session:
         Raises
         ------
         Interrupted
-            After Ctrl-C, here or from the batches.
+            After Ctrl-C or SIGTERM, here or from the batches.
         CheckpointError
-            If a checkpoint cannot be saved.
+            If there are checkpoints of another run.
         """
         for epoch in range(len(self._orders)):
             for run in self.runs:
                 if len(run.epochs) == epoch:  # or else it was done before the checkpoint
                     self._seed_generator(run)
                     yield run, epoch + 1, self._batches(run, epoch)
-        if self._every:
-            self._save()
+        if self._every and self._save() is None:
+            self._say(f"warning: {self._rescue(self._writer())}")
 
     def interruption_point(self) -> None:
-        """Stop here if Ctrl-C asks for it: for long work between steps, such as an evaluation.
+        """Stop here if a signal asks for it: for long work between steps, such as an evaluation.
 
         Does nothing in a job: only one worker measures, and the others would not know.
         """
-        if self._stop_requested and self._workers.size == 1:
-            self._interrupt()
+        if self._stop_signal and self._workers.size == 1:
+            self._interrupt(self._stop_signal)
 
     # --- steps --------------------------------------------------------------------------------
 
@@ -207,8 +227,9 @@ class Session:
             mx.nd.waitall()
 
     def _after_step(self, run: Run) -> None:
-        if self._workers.gather("stop", self._stop_requested).any():
-            self._interrupt()
+        number = int(self._workers.gather("stop", self._stop_signal).max())
+        if number:
+            self._interrupt(number)
         if self._every and self._steps() % self._every == 0:
             self._save()
             self._seed_generator(run)
@@ -234,20 +255,23 @@ class Session:
         sequence = np.random.SeedSequence((self._seed, len(run.losses)))
         mx.random.seed(int(sequence.generate_state(1)[0]) % 2**31)
 
-    # --- Ctrl-C -------------------------------------------------------------------------------
+    # --- signals ------------------------------------------------------------------------------
 
-    def _request_stop(self, *_: Any) -> None:
-        """Have Ctrl-C asked for, not thrown into the middle of a step; a second one is thrown."""
-        if self._stop_requested:
+    def _request_stop(self, number: int, _: Any) -> None:
+        """Have a signal wait for the end of a step; a second one does not."""
+        if self._stop_signal:
             raise KeyboardInterrupt
-        self._stop_requested = True
+        self._stop_signal = number
 
-    def _interrupt(self) -> None:
+    def _interrupt(self, number: int) -> None:
+        word = "ended by SIGTERM" if number == signal.SIGTERM else "interrupted"
         try:
             path = self._save()
         except CheckpointError as error:
-            raise Interrupted(f"interrupted; no checkpoint was saved: {error}") from error
-        raise Interrupted(f"interrupted; saved {path}", path)
+            message = f"{word}; no checkpoint was saved: {error}"
+            raise Interrupted(message, None, 128 + number) from error
+        saved = f"saved {path}" if path else f"{self.unsaved}; {self._rescue(self._writer())}"
+        raise Interrupted(f"{word}; {saved}", path, 128 + number)
 
     # --- checkpoints --------------------------------------------------------------------------
 
@@ -280,16 +304,38 @@ class Session:
                 )
         self._say(f"resumed from {folder}")
 
-    def _save(self) -> Path:
-        """Save a checkpoint of all runs; all workers call this."""
+    def _save(self) -> Path | None:
+        """Save a checkpoint of all runs; None if the disk refuses. All workers call this."""
         step = self._steps()
+        write = self._writer()
+        before, self.unsaved = self.unsaved, None
+        if self._workers.rank == 0:
+            try:
+                self._checkpoints.save(step, write)
+            except WriteError as error:
+                self.unsaved = str(error)
+                if before is None:
+                    self._say(f"warning: {error}; training goes on with the nets in memory")
+        refused = self._workers.gather("saved", float(self.unsaved is not None)).any()
+        return None if refused else self._checkpoints.path(step)
+
+    def _writer(self) -> Callable[[Path], None]:
+        """Return what writes all runs to a folder; all workers call this."""
         statistics = [run.statistics() for run in self.runs]
 
         def write(folder: Path) -> None:
             for run, copies in zip(self.runs, statistics):
                 run.save(folder, copies)
 
-        if self._workers.rank == 0:
-            self._checkpoints.save(step, write)
-        self._workers.gather("saved", 0)
-        return self._checkpoints.path(step)
+        return write
+
+    def _rescue(self, write: Callable[[Path], None]) -> str:
+        """Save the runs in a new directory for temporary files; return what to say of it."""
+        if self._workers.rank != 0:
+            return "the worker of rank 0 has the nets"
+        try:
+            place = self._checkpoints.beside(tempfile.mkdtemp(prefix="scratchbn-"))
+            path = place.save(self._steps(), write)
+        except (OSError, CheckpointError) as error:
+            return f"nor could the nets be saved in a second place: {error}"
+        return f"the nets are in {path}: move it to {self._checkpoints.directory}, add --resume"

@@ -250,7 +250,6 @@ def test_without_a_good_checkpoint_nothing_is_touched(copy, capsys):
         (["--no-hybridize"], "--no-hybridize False, now True"),
         (["--recalibrate"], "--recalibrate False, now True"),
         (["--limit", "230"], "images "),
-        (["--device", "cpu:0,cpu:1"], "--device 'cpu(0)', now 'cpu(0), cpu(1)'"),
     ],
     ids=" ".join,
 )

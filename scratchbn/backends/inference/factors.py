@@ -89,7 +89,7 @@ def _chain(
         cuts = tuple(int(n) for n in np.cumsum(channels[:-1]))
         factor = F.split_v2(factor, cuts, axis=shape.index(-1))
         shift = F.split_v2(shift, cuts, axis=0)
-    chain = Graph(F.Group([factor, shift]))
+    chain = Graph(F.Group([factor, shift]), amp_casts=False)
     for node in chain.nodes():
         node.inputs = [
             Output(variables[s.node.name]) if s.node.is_variable else s for s in node.inputs
