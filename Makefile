@@ -5,11 +5,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test test-cu112 parity bench lint check sanitize soak clean lock
+.PHONY: train test test-cu112 rehearse-gpu parity bench lint check sanitize soak clean lock
 .DELETE_ON_ERROR:
 
+# With ARGS="--device gpu" in .venv-cu112, which `make test-cu112` makes too.
+ON_GPU = $(and $(findstring --device,$(ARGS)),$(filter gpu% --device=gpu%,$(ARGS)))
 train: $(READY)
-	$(BIN)/python scripts/train_lenet.py $(ARGS)
+	$(BIN)/python $(if $(ON_GPU),scripts/suite_on_cu112.py --run )scripts/train_lenet.py $(ARGS)
 
 test: lint check
 
@@ -47,6 +49,11 @@ lint: $(READY)
 test-cu112: $(READY)
 	$(BIN)/python scripts/suite_on_cu112.py $(ARGS)
 
+# The GPU path without a card: mxnet-cu112 on CUDA libraries that compute nothing, in .venv-rehearse
+# (1.2 GB). ARGS=--skip-tests for the checks only; docs/gpu.md says what it proves.
+rehearse-gpu: $(READY)
+	$(BIN)/python scripts/rehearse_gpu.py $(ARGS)
+
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 9) <= sys.version_info < (3, 12))' || \
 	  { echo "MXNet 1.9.1 needs Python 3.9 to 3.11; name one with 'make PYTHON=...'" >&2; exit 1; }
@@ -65,4 +72,4 @@ lock: $(READY)
 	  --no-annotate --no-header --no-emit-index-url --no-emit-find-links -o requirements.lock
 
 clean:
-	rm -rf $(VENV) .venv-cu112 build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-cu112 .venv-rehearse build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
