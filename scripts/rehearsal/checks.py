@@ -16,7 +16,7 @@ from .journal import Entry, accesses, between, order_problem, parse, work
 from .ptx import float64_problems
 
 # Launches, library calls and copies of a layer, forward and backward together, at most.
-BOUNDS = {"portable": 110, "cuda": 8}
+BOUNDS = {"portable": 110, "native": 8}
 _SECONDS = 900
 _TF32 = 3  # CUBLAS_TF32_TENSOR_OP_MATH
 

@@ -156,7 +156,7 @@ def test_launches_have_a_bound():
     for name in ("ours", "built-in"):
         for part, launched in (("forward", 8), ("backward", 1), ("end", 0)):
             entries += [Entry("MARK", f"{name} 2: {part}"), *[Entry("KERNEL", "k")] * launched]
-    (finding,) = checks.launches(Recorded("cuda", entries=entries))
+    (finding,) = checks.launches(Recorded("native", entries=entries))
     assert finding.problems == ["8 + 1 launches, the bound is 8"]
     (finding,) = checks.launches(Recorded("portable", entries=entries))
     assert finding.problems == []
@@ -409,7 +409,7 @@ def test_the_list_of_tests_is_there():
 
 def test_it_ends_with_1_if_something_broke(monkeypatch, tmp_path, capsys):
     def question(stage):
-        problems = {"portable": [], "cuda": ["no | kernel"]}[stage.backend]
+        problems = {"portable": [], "native": ["no | kernel"]}[stage.backend]
         return [checks.Finding("a question", problems, "a remark")]
 
     def run_file(file, backend, environment):
@@ -426,10 +426,10 @@ def test_it_ends_with_1_if_something_broke(monkeypatch, tmp_path, capsys):
         "| a question | portable | ok | a remark |",
         f"| {test} | portable | ok | 3 numbers, 2 passed |",
     ]
-    assert rehearse_gpu.main(["--backend", "cuda", "--skip-tests"]) == 1
+    assert rehearse_gpu.main(["--backend", "native", "--skip-tests"]) == 1
     said = capsys.readouterr().out
-    assert "| a question | cuda | 1 problems | a remark |" in said
-    assert "- a question (cuda): no | kernel" in said
+    assert "| a question | native | 1 problems | a remark |" in said
+    assert "- a question (native): no | kernel" in said
 
 
 @pytest.mark.parametrize(
