@@ -23,6 +23,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from ._graph.arrays import Array
+from ._graph.kernels import unfused
 from ._graph.mode import Mode, Select
 from ._graph.view import ChannelView
 
@@ -127,8 +128,9 @@ def statistics(
     -------
     Statistics
         `high` is a constant to the gradient: ``(x - high) - low`` is ``x - mu`` whatever it is.
+        So is the x it is the mean of; else MXNet would add zeros of x's size to x's gradient.
     """
-    high = F.BlockGrad(select(lambda: batch_mean(view, view.values), running_mean))
+    high = F.BlockGrad(select(lambda: batch_mean(view, F.BlockGrad(view.values)), running_mean))
     centred = view.values - view.broadcast(high)
     low = select(lambda: batch_mean(view, centred), F.zeros_like(high))
     variance = select(lambda: batch_variance(F, view, centred, low), running_var)
@@ -142,7 +144,7 @@ def inverse_std(F: Any, variance: Array, epsilon: float) -> Array:
     gradient, where the formula alone would give NaN.
     """
     if epsilon > 0:
-        return F.rsqrt(variance + epsilon)
+        return F.rsqrt(unfused(unfused(variance) + epsilon))
     varies = variance > 0
     safe = F.where(varies, variance, F.ones_like(variance))
     return F.where(varies, F.rsqrt(safe), F.zeros_like(variance))
@@ -162,7 +164,7 @@ def scale_and_shift(
 
     The last sign is minus because MXNet's executors cannot add to the matrix of a Conv3D's output.
     """
-    factor = gamma * inverse_std(F, batch.variance, epsilon)
+    factor = F.broadcast_mul(gamma, inverse_std(F, batch.variance, epsilon))
     return batch.centred * view.broadcast(factor) - view.broadcast(batch.low * factor - beta)
 
 
@@ -256,7 +258,7 @@ def running_average(running: Array, batch: Array, momentum: float) -> Array:
     >>> running_average(nd.array([1.0]), nd.array([2.0]), momentum=0.75).asscalar()
     1.25
     """
-    return running * momentum + batch * (1 - momentum)
+    return unfused(running * momentum) + unfused(batch * (1 - momentum))
 
 
 def cumulative_average(F: Any, running: Array, batch: Array, count: Array) -> Array:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 from . import functional
 from ._checks import check_integer, check_number
 from ._graph.arrays import Array, is_symbol
+from ._graph.kernels import distinct, unfused
 from ._graph.mode import Select
 from ._graph.view import ChannelView
 from ._options import Options
@@ -28,25 +29,28 @@ class _Chunks(ChannelView):
     products with it. Vectors have shape (K * C,); `m` counts the elements behind each value.
     """
 
-    def __init__(self, F: Any, x: Array, axis: int, size: int) -> None:
-        super().__init__(F, x, axis)
-        row, sample = (F.contrib.arange_like(v, axis=0) for v in (self.values, x))
-        length = F.broadcast_div(
-            F.sum(F.ones_like(row), axis=0, keepdims=True),
-            F.sum(F.ones_like(sample), axis=0, keepdims=True),
-        )  # of a sample, in rows
-        first = F.broadcast_mul(F.slice(sample, begin=(0,), end=(None,), step=(size,)), length)
-        first, row = first.reshape((-1, 1)), row.reshape((1, -1))
-        end = F.broadcast_add(first, size * length.reshape((1, 1)))
+    def __init__(self, F: Any, view: ChannelView, size: int) -> None:
+        self.__dict__.update(vars(view))
+        row, sample = (distinct(F.contrib.arange_like(v, axis=0)) for v in (self.values, self.x))
+        length = F.broadcast_div(*(self._count(F.ones_like(v)) for v in (row, sample)))  # (1, 1)
+        first = F.slice(sample, begin=(0,), end=(None,), step=(size,)).reshape((-1, 1))
+        first = F.broadcast_mul(first, length)  # row of each chunk
+        row = row.reshape((1, -1))
+        end = F.broadcast_add(first, size * length)
         member = F.broadcast_greater_equal(row, first) * F.broadcast_lesser(row, end)
         self._member = F.BlockGrad(member)  # shape (K, L)
         self._ones_K = F.ones_like(first)
         features = F.contrib.arange_like(self.values, axis=1).reshape((1, -1))
-        rows = F.sum(self._member, axis=1, keepdims=True)
-        self._share = F.broadcast_div(rows, F.sum(rows, axis=0, keepdims=True))
+        rows = self._product(self._member, self._ones_L, transpose_b=True)
+        self.number = self._count(self._ones_K.reshape((-1,))).reshape((-1,))
+        self._share = F.broadcast_div(rows, self._product(self._ones_K, rows, transpose_a=True))
         self._by_feature = self._product(rows, F.ones_like(features))  # shape (K, C * S)
         self.m = self._sum(self._by_feature)
-        self.number = F.sum(self._ones_K, axis=0)
+
+    def _count(self, ones: Array) -> Array:
+        """Return the length of a vector of ones; shape (1, 1)."""
+        ones = ones.reshape((1, -1))
+        return self._product(ones, ones, transpose_b=True)
 
     def _sum(self, matrix: Array) -> Array:
         """Add what belongs to a channel in each row of a matrix, shape (K, C * S)."""
@@ -165,7 +169,7 @@ class GhostBatchNorm(ScratchBatchNorm):
         select: Select,
     ) -> Any:
         """Take the statistics of each chunk, and their averages for the running statistics."""
-        chunks = _Chunks(F, view.x, self.options.axis, self.options.ghost_size)
+        chunks = _Chunks(F, view, self.options.ghost_size)
         kept = chunks.repeat(running_mean), chunks.repeat(running_var)
         of_chunks = functional.statistics(F, chunks, *kept, select)
         mean = chunks.average(of_chunks.mean, running_mean)
@@ -304,8 +308,9 @@ class BatchRenorm(ScratchBatchNorm):
         epsilon = self.options.epsilon
         factor = functional.inverse_std(F, running_var, epsilon)
         # Not F.clip, which rounds its limits to float32.
-        r = F.minimum(F.sqrt(batch.variance + epsilon) * factor, self.r_max)
-        d = F.minimum((batch.mean - running_mean) * factor, self.d_max)
+        sigma = F.sqrt(unfused(batch.variance + epsilon))
+        r = F.minimum(F.broadcast_mul(sigma, factor), self.r_max)
+        d = F.minimum(F.broadcast_mul(batch.mean - running_mean, factor), self.d_max)
         r, d = F.BlockGrad(F.maximum(r, 1 / self.r_max)), F.BlockGrad(F.maximum(d, -self.d_max))
         return _RenormStatistics(*batch, r, d)
 

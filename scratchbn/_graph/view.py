@@ -9,6 +9,7 @@ import mxnet as mx
 import numpy as np
 
 from .arrays import Array, is_symbol
+from .kernels import distinct
 from .state import alike
 
 
@@ -36,7 +37,7 @@ class ChannelView:
     values : NDArray or Symbol, shape (L, C * S)
         The elements of `x`.
     m : NDArray or Symbol, shape (1,)
-        How many elements a channel has.
+        How many elements a channel has; 0 in an empty batch.
     """
 
     values: Array
@@ -45,8 +46,6 @@ class ChannelView:
     def __init__(self, F: Any, x: Array, axis: int) -> None:
         self._F = F
         self.x = x
-        # `dot` divides by the length it sums over, and arrays of length 0 exist under np_shape.
-        self._product = F.linalg.gemm2 if mx.util.is_np_shape() else F.dot
         if is_symbol(x):
             self._infer(axis)
         else:
@@ -61,18 +60,34 @@ class ChannelView:
         self._ones_L = F.ones((1, L), ctx=x.ctx, dtype=x.dtype)
         self._ones_S = F.ones((1, S), ctx=x.ctx, dtype=x.dtype)
         self.m = F.full((1,), L * S, ctx=x.ctx, dtype=x.dtype)
+        self._divisor = F.full((1,), max(L * S, 1), ctx=x.ctx, dtype=x.dtype)
 
     def _infer(self, axis: int) -> None:
         """Let a graph find the lengths when it runs: no rank and no length is known now."""
         F = self._F
         at_least_rank_2 = self.x.reshape(shape=(0, 0, -2))  # else an error when shapes are known
-        self._samples = _channels_second(F, at_least_rank_2, axis)
+        self._samples = _channels_second(F, distinct(at_least_rank_2), axis)
         self.values = self._samples.flatten()
         by_channel = self._by_channel(_ones_along(F, self.values, 1))
         self._any_C = _ones_along(F, by_channel, 0)
         self._ones_L = _ones_along(F, self.values, 0).reshape((1, -1))
         self._ones_S = _ones_along(F, by_channel, 1).reshape((1, -1))
-        self.m = F.sum(self._ones_L, axis=1) * F.sum(self._ones_S, axis=1)
+        # Not F.sum, which on a GPU divides by a length of 0.
+        L, S = (self._product(v, v, transpose_b=True) for v in (self._ones_L, self._ones_S))
+        self.m = F.BlockGrad(F.elemwise_mul(L, S).reshape((-1,)))
+        self._divisor = F.maximum(self.m, 1)
+
+    def _product(self, a: Array, b: Array, **transposed: bool) -> Array:
+        """Multiply two matrices, in full precision and where there is nothing to sum up too.
+
+        `dot` divides by the length it sums over, which under np_shape can be 0. Of the operators
+        that do not, `batch_dot` is the one that a GPU does not compute in TF32.
+        """
+        F = self._F
+        if not mx.util.is_np_shape() or (not is_symbol(a) and a.size and b.size):
+            return F.dot(a, b, **transposed)
+        a, b = (F.expand_dims(matrix, axis=0) for matrix in (a, b))
+        return F.batch_dot(a, b, **transposed).reshape((-3, 0))
 
     def _by_channel(self, row: Array) -> Array:
         """Cut a row of C * S features into a matrix, shape (C, S)."""
@@ -86,11 +101,11 @@ class ChannelView:
         return alike(self._F, vector, self._any_C) if is_symbol(vector) else vector
 
     def mean(self, matrix: Array) -> Array:
-        """Average a matrix, shape (L, C * S), over each channel; shape (C,)."""
+        """Average a matrix, shape (L, C * S), over each channel; shape (C,). Of nothing it is 0."""
         F = self._F
         row = self._product(self._ones_L, matrix)
         total = self._product(self._by_channel(row), self._ones_S, transpose_b=True)
-        return F.broadcast_div(total.reshape((-1,)), self.m)
+        return F.broadcast_div(total.reshape((-1,)), self._divisor)
 
     def broadcast(self, vector: Array) -> Array:
         """Write a value per channel, shape (C,), beside each element; shape (L, C * S)."""

@@ -21,12 +21,12 @@ def portable(layer: Layer, F: Any, x: Array, state: State) -> Array:
     mode = mode_now(F, x, may_train=not options.use_global_stats)
     view = ChannelView(F, x, options.axis)
     running_mean, running_var = (view.shaped(read(v)) for v in state[2:4])
-    gamma = state.gamma if options.scale else F.ones_like(state.gamma)
-    beta = state.beta if options.center else F.zeros_like(state.beta)
+    gamma, beta = view.shaped(state.gamma), view.shaped(state.beta)
+    gamma = gamma if options.scale else F.ones_like(gamma)
+    beta = beta if options.center else F.zeros_like(beta)
 
     batch = layer.statistics(F, view, running_mean, running_var, mode.select)  # lines 1 and 2
     done = move_averages(layer, F, view, batch, state, mode)  # section 3.1
-    gamma, beta = view.shaped(gamma), view.shaped(beta)
     for write_done in done:  # a graph computes only what its output depends on
         beta = depend(F, beta, write_done)
     y = layer.transform(F, view, batch, gamma, beta, options.epsilon)  # lines 3 and 4
@@ -36,14 +36,14 @@ def portable(layer: Layer, F: Any, x: Array, state: State) -> Array:
 def move_averages(
     layer: Layer, F: Any, view: ChannelView, batch: Any, state: State, mode: Mode
 ) -> list[Array]:
-    """Let the running statistics follow a training batch that is finite; return the writes."""
+    """Let the running statistics follow a batch that is finite and not empty; return the writes."""
     if not mode.may_train:
         # A write that changes nothing keeps them auxiliary states of an exported graph.
         return [write(F, v, read(v), F.zeros_like(v)) for v in state.moving if mode.graph]
     mean, variance = F.BlockGrad(batch.mean), F.BlockGrad(batch.variance)
     if layer.options.unbiased_variance:
         variance = functional.unbiased_variance(F, variance, view.m)
-    moves = mode.only_in_training(functional.all_finite(F, mean, variance))
+    moves = mode.only_in_training(functional.all_finite(F, mean, variance, 1 / view.m))
     count = None if state.num_batches is None else read(state.num_batches)
     done = []
     for variable, statistic in ((state.running_mean, mean), (state.running_var, variance)):

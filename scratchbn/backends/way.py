@@ -6,6 +6,7 @@ import functools
 from typing import Any, Callable, NamedTuple, Protocol
 
 from .._graph.arrays import Array, is_symbol, to_classic
+from .._graph.kernels import distinct
 from .._graph.names import DistinctNames
 from .._graph.trace import is_float16
 from .._options import Options
@@ -79,7 +80,8 @@ def in_float32(way: Way) -> Way:
     def computed(layer: Layer, F: Any, x: Array, state: State) -> Array:
         if not is_float16(x, layer.data_dtype):
             return way(layer, F, x, state)
-        return F.cast(way(layer, F, F.cast(x, dtype="float32"), state), dtype="float16")
+        x = distinct(F.cast(x, dtype="float32"))
+        return F.cast(way(layer, F, x, state), dtype="float16")
 
     return computed
 
