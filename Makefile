@@ -19,12 +19,15 @@ else
 endif
 STALE := $(if $(filter-out $(WANTED),$(HAS))$(filter-out $(HAS),$(WANTED)),rebuild)
 
-.PHONY: help train test test-cu112 parity bench lint check sanitize soak pythons clean lock rebuild
+.PHONY: help train test test-cu112 rehearse-gpu parity bench lint check sanitize soak pythons clean lock rebuild
 .DELETE_ON_ERROR:
+
+# With ARGS="--device gpu" in .venv-cu112, which `make test-cu112` makes too.
+ON_GPU = $(and $(findstring --device,$(ARGS)),$(filter gpu% --device=gpu%,$(ARGS)))
 
 # Train LeNet on MNIST with our layer and with nn.BatchNorm; ARGS=--help for the options.
 train: $(READY)
-	$(BIN)/python scripts/train_lenet.py $(ARGS)
+	$(BIN)/python $(if $(ON_GPU),scripts/suite_on_cu112.py --run )scripts/train_lenet.py $(ARGS)
 
 # Linters, types, tests, and the examples in the documentation; PYTHON=python3.9 for another Python.
 test: lint check
@@ -65,6 +68,11 @@ lint: $(READY)
 # The suite on the mxnet-cu112 wheel, in .venv-cu112 (several GB), with or without an NVIDIA driver.
 test-cu112: $(READY)
 	$(BIN)/python scripts/suite_on_cu112.py $(ARGS)
+
+# The GPU path without a card: mxnet-cu112 on CUDA libraries that compute nothing, in .venv-rehearse
+# (1.2 GB). ARGS=--skip-tests for the checks only; docs/gpu.md says what it proves.
+rehearse-gpu: $(READY)
+	$(BIN)/python scripts/rehearse_gpu.py $(ARGS)
 
 $(READY): requirements.lock pyproject.toml $(STALE)
 	@command -v $(PYTHON) >/dev/null || \

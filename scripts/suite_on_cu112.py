@@ -1,7 +1,8 @@
-"""Run the test suite on the mxnet-cu112 wheel, in a virtual environment of its own.
+"""Run the test suite, or a script, on the mxnet-cu112 wheel, in a virtual environment of its own.
 
 The wheel cannot be imported without the NVIDIA driver's libcuda.so.1; where there is none, a stub
-stands in for it and the suite runs in CPU contexts. Arguments are handed to pytest.
+stands in for it and the suite runs in CPU contexts. Arguments are handed to pytest, or to the
+script that ``--run`` names.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from scratchbn._command import Parser
+from scratchbn._command import Parser, fail
 from scratchbn._writing import staged, write_text
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -55,6 +56,16 @@ def make_venv() -> None:
     write_text(ready, wanted)
 
 
+def wants_gpu(arguments: Sequence[str]) -> bool:
+    """Tell whether ``--device`` names a GPU."""
+    values = [
+        value if flag == "--device" else flag.partition("=")[2]
+        for flag, value in zip(arguments, [*arguments[1:], ""])
+        if flag == "--device" or flag.startswith("--device=")
+    ]
+    return any(value.startswith("gpu") for value in values)
+
+
 def has_driver() -> bool:
     """Whether the driver's library can be loaded, with or without a card behind it."""
     try:
@@ -75,18 +86,30 @@ def compile_stub(compiler: str) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Install, compile the stub if need be, and return pytest's exit status, or 1 without it."""
-    parser = Parser(description=__doc__, usage="%(prog)s [-h] [pytest's arguments ...]")
-    _, pytest_arguments = parser.parse_known_args(arguments)
+    """Install, compile the stub if need be, and return the status of what ran, or 1."""
+    parser = Parser(
+        prog="suite_on_cu112",
+        description=__doc__,
+        usage="%(prog)s [-h] [--run SCRIPT] [arguments of pytest or of the script ...]",
+    )
+    parser.add_argument("--run", metavar="SCRIPT", help="run this in place of the tests")
+    options, passed_on = parser.parse_known_args(arguments)
     real_driver = has_driver()
+    if wants_gpu(passed_on) and not real_driver:
+        return fail(
+            parser.prog,
+            1,
+            f"a GPU is asked for ({' '.join(passed_on)}) and there is no NVIDIA driver here "
+            f"({DRIVER_LIBRARY} cannot be loaded); nothing was installed",
+        )
     compiler = shutil.which("cc") or shutil.which("gcc")
     if not real_driver and compiler is None:
-        print(
+        return fail(
+            parser.prog,
+            1,
             f"no NVIDIA driver ({DRIVER_LIBRARY}) and no C compiler (cc, gcc) to build a stub of "
             "it with; on Debian: apt-get install gcc libc6-dev",
-            file=sys.stderr,
         )
-        return 1
     environment = dict(os.environ)
     try:
         make_venv()
@@ -103,9 +126,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{VENV} has no mxnet with CUDA: delete it and run this again", file=sys.stderr)
         return 1
     driver = "the driver of this machine" if real_driver else "a stub driver"
-    print(f"testing mxnet-cu112 with {driver}", flush=True)
-    suite = [PYTHON, "-m", "pytest", "-n", "2", *pytest_arguments]
-    return subprocess.run(suite, cwd=REPOSITORY, env=environment).returncode
+    what = options.run or "the tests"
+    print(f"running {what} on mxnet-cu112 with {driver}", flush=True)
+    program = [options.run] if options.run else ["-m", "pytest", "-n", "2"]
+    command = [PYTHON, *program, *passed_on]
+    return subprocess.run(command, cwd=REPOSITORY, env=environment).returncode
 
 
 if __name__ == "__main__":

@@ -222,7 +222,7 @@ def run_python(
         },
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=timeout * float(os.environ.get("SCRATCHBN_TEST_PATIENCE", 1)),
         check=False,
     )
 

@@ -41,7 +41,7 @@ def move_averages(
         # A write that changes nothing keeps them auxiliary states of an exported graph.
         return [write(F, v, read(v), F.zeros_like(v)) for v in state.moving if mode.graph]
     mean, variance = F.BlockGrad(batch.mean), F.BlockGrad(batch.variance)
-    m = getattr(batch, "m", view.m)
+    m: Array = getattr(batch, "m", view.m)
     if layer.options.unbiased_variance:
         variance = functional.unbiased_variance(F, variance, m)
     moves = mode.only_in_training(functional.all_finite(F, mean, variance, 1 / m))

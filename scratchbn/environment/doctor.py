@@ -16,7 +16,7 @@ import numpy as np
 from .. import datasets, native
 from .._text import rich_table, table
 from .device import wheel_verdict
-from .driver import Driver, dotted, query_driver
+from .driver import Driver, dotted, fusion_problem, query_driver
 from .help import several_distributions_help, without_cuda_help
 from .prepare import CUDA_LIBRARIES, find_cuda_libraries, mxnet_distributions, version
 from .probe import probe_mxnet
@@ -127,6 +127,8 @@ def _advice(mxnet: dict[str, Any], device: dict[str, str] | None, driver: Driver
         built_with_cuda = mxnet["features"].get("CUDA", False)
         reason = device["because"] if built_with_cuda else without_cuda_help()
         advice.append(f"{len(driver.gpus)} GPU(s) present and none used: {reason}")
+    if mxnet["features"].get("CUDA", False):
+        advice += filter(None, [fusion_problem(driver)])
     return list(dict.fromkeys(advice))
 
 

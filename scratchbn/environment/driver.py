@@ -7,7 +7,10 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from .help import DRIVER_LIBRARY
+from .help import DRIVER_LIBRARY, PTX_DRIVER
+
+# What NVRTC 11.8 compiles when a hybridized net first runs is PTX for this CUDA and newer ones.
+_PTX_CUDA = (11, 8)
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,22 @@ def query_driver() -> Driver:
     if not gpus:
         return Driver(version, (), f"the NVIDIA driver lists no GPU{visible_devices()}")
     return Driver(version, gpus, None)
+
+
+def fusion_problem(driver: Driver) -> str | None:
+    """Say why the driver cannot load what MXNet compiles for hybridized nets; None if it can.
+
+    Without a card, without a version, or with fusion switched off there is nothing to say.
+    """
+    if not driver.gpus or driver.cuda_version is None or os.environ.get("MXNET_USE_FUSION") == "0":
+        return None
+    if tuple(map(int, driver.cuda_version.split("."))) >= _PTX_CUDA:
+        return None
+    return (
+        f"the driver supports CUDA {driver.cuda_version}, and hybridized nets run kernels that "
+        f"NVRTC 11.8 compiles into PTX for CUDA {_PTX_CUDA[0]}.{_PTX_CUDA[1]}: install driver "
+        f"{PTX_DRIVER} or newer, or set MXNET_USE_FUSION=0"
+    )
 
 
 def visible_devices() -> str:

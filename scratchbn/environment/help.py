@@ -15,6 +15,7 @@ from .prepare import (
 
 DRIVER_LIBRARY = "libcuda.so.1"
 CUDA_DISTRIBUTION = "mxnet-cu112"
+PTX_DRIVER = "520.61.05"  # the first that knows the PTX of NVRTC 11.8
 DEBIAN_PACKAGES = {"libgomp.so.1": "libgomp1", "libquadmath.so.0": "libquadmath0"}
 _MISSING_LIBRARY = re.compile(r"(lib[\w.+-]+\.so[\w.]*): cannot open shared object file")
 
@@ -62,10 +63,10 @@ def _missing_library_help(library: str) -> str | None:
     if library == DRIVER_LIBRARY:
         return (
             f"this mxnet is built for CUDA and needs the NVIDIA driver ({library}), which is not "
-            "here. With an NVIDIA card: install its driver, 450.80.02 or newer (in a container: "
-            "start it with GPU access, such as docker's --gpus all). Without one: pip uninstall "
-            f"-y {' '.join(cuda11_distributions()) or CUDA_DISTRIBUTION}, then pip install "
-            "'scratchbn[cpu]'"
+            f"here. With an NVIDIA card: install its driver, {PTX_DRIVER} or newer (in a "
+            "container: start it with GPU access, such as docker's --gpus all). Without one: pip "
+            f"uninstall -y {' '.join(cuda11_distributions()) or CUDA_DISTRIBUTION}, then pip "
+            "install 'scratchbn[cpu]'"
         )
     component = dict(CUDA_LIBRARIES).get(library)
     if component is not None:

@@ -605,6 +605,44 @@ def test_facts_advise_the_cuda_wheel_where_there_is_a_gpu(monkeypatch):
     assert "pip install 'scratchbn[cu112]'" in advice
 
 
+@pytest.mark.parametrize(
+    ("supports", "fusion", "advised"),
+    [
+        ("11.7", None, True),
+        ("11.0", "1", True),
+        ("11.7", "0", False),
+        ("11.8", None, False),
+        ("12.2", None, False),
+        ("13.0", None, False),
+    ],
+)
+def test_facts_advise_a_driver_that_knows_fused_kernels(monkeypatch, supports, fusion, advised):
+    machine(monkeypatch, driver=Driver(supports, (T4,), None))
+    pretend_probe(monkeypatch, device={"auto": "gpu(0)", "because": "it ran a kernel"})
+    monkeypatch.delenv("MXNET_USE_FUSION", raising=False)
+    if fusion is not None:
+        monkeypatch.setenv("MXNET_USE_FUSION", fusion)
+    advice = doctor.doctor_facts()["advice"]
+    if not advised:
+        assert advice == []
+        return
+    (line,) = advice
+    assert f"the driver supports CUDA {supports}" in line
+    assert "install driver 520.61.05 or newer, or set MXNET_USE_FUSION=0" in line
+
+
+@pytest.mark.parametrize("driver", [NO_DRIVER, Driver("11.2", (), "lists no GPU")])
+def test_without_a_card_no_driver_is_advised(monkeypatch, driver):
+    machine(monkeypatch, driver=driver)
+    pretend_probe(monkeypatch)
+    assert doctor.doctor_facts()["advice"] == []
+
+
+def test_the_help_names_a_driver_that_knows_fused_kernels(monkeypatch):
+    pretend_installed(monkeypatch, mxnet_cu112="1.9.1")
+    assert "520.61.05 or newer" in help.import_error_help(no_such_library("libcuda.so.1"))
+
+
 def test_facts_report_two_distributions_in_one_place(monkeypatch):
     pretend_installed(monkeypatch, mxnet="1.9.1", mxnet_cu112="1.9.1")
     monkeypatch.setattr(doctor, "query_driver", lambda: NO_DRIVER)
