@@ -19,7 +19,10 @@ from pathlib import Path
 from ..environment.prepare import mxnet_distributions
 
 _HERE = Path(__file__).resolve().parent
-_SOURCES = ("operator.cc", "batch_norm.h", "walk.h", "simd.h")
+_SOURCES = (
+    "operator.cc", "batch_norm.h", "walk.h", "simd.h",
+    "cuda/launch.h", "cuda/driver.h", "cuda/call.h",
+)  # fmt: skip
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-Wno-psabi")
 # The instruction set that compilers call x86-64-v3, in words that older compilers know too.
 _X86_64_V3 = ("-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mf16c")
@@ -77,7 +80,7 @@ def compile_library(path: Path) -> None:
             sources = [str(_HERE / "operator.cc"), str(source)]
             include = ["-isystem", str(header.parents[1])]
             child = subprocess.run(
-                [command, *_flags(), *include, *sources, "-o", str(built)],
+                [command, *_flags(), *include, *sources, "-ldl", "-o", str(built)],
                 capture_output=True,
                 text=True,
             )
