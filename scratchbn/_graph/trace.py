@@ -42,14 +42,16 @@ class Trace:
     """A graph being built.
 
     `arrays` are what the block was called with, by the names of their symbols; `writes` holds the
-    latest write to each variable; `names` are those that nodes have. `purpose` is 'execute',
-    'remember', or 'symbols' where a block is called on symbols and nobody knows what for.
+    latest write to each variable; `names` are those that nodes have; `shared` holds nodes that
+    serve all layers. `purpose` is 'execute', 'remember', or 'symbols' where a block is called on
+    symbols and nobody knows what for.
     """
 
     purpose: str = "symbols"
     arrays: dict[str, Array] = field(default_factory=dict)
     writes: dict[Any, Write] = field(default_factory=dict)
     names: set[str] = field(default_factory=set)
+    shared: dict[Any, Array] = field(default_factory=dict)
 
 
 # Given a CachedOp, its graph, which inputs are data, and its flags; returns what is to run.
@@ -95,10 +97,10 @@ def is_float16(x: Array, layer_dtype: Any) -> bool:
     return np.dtype(outputs[0] if outputs and outputs[0] else layer_dtype) == np.float16
 
 
-def devices_of(x: Array) -> set[str]:
-    """Return the types of the devices that hold `x`, or the arrays its graph is traced with."""
+def devices_of(x: Array) -> set[mx.Context]:
+    """Return the devices that hold `x`, or the arrays its graph is traced with."""
     arrays = current().arrays.values() if is_symbol(x) else [x]
-    return {a.context.device_type for a in arrays}
+    return {a.context for a in arrays}
 
 
 @contextmanager

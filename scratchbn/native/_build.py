@@ -64,7 +64,7 @@ def library_path() -> Path:
         digest.update(source.read_bytes())
     digest.update(" ".join(_flags()).encode())
     version = "-".join(mxnet_distributions().values()) or "source"
-    return _cache_directory() / f"batch_norm-mxnet-{version}-{digest.hexdigest()[:16]}.so"
+    return cache_directory() / f"batch_norm-mxnet-{version}-{digest.hexdigest()[:16]}.so"
 
 
 def compile_library(path: Path) -> None:
@@ -129,7 +129,7 @@ def _processor_features() -> set[str]:
     return set(flags.split()) if platform.machine() in ("x86_64", "AMD64") else set()
 
 
-def _cache_directory() -> Path:
+def cache_directory() -> Path:
     """Return the directory of libraries, in the user's cache unless SCRATCHBN_CACHE is set."""
     chosen = os.environ.get("SCRATCHBN_CACHE")
     if chosen:
