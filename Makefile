@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test test-cu112 parity bench lint check sanitize soak clean lock
+.PHONY: train test test-cu112 gpu-kit parity bench lint check sanitize soak clean lock
 .DELETE_ON_ERROR:
 
 train: $(READY)
@@ -46,6 +46,10 @@ lint: $(READY)
 # The suite on the mxnet-cu112 wheel, in .venv-cu112 (several GB), with or without an NVIDIA driver.
 test-cu112: $(READY)
 	$(BIN)/python scripts/suite_on_cu112.py $(ARGS)
+
+# What scripts/gpu_check.py takes to a machine with a card, in build/gpu-kit.
+gpu-kit: $(READY)
+	PYTHONPATH=scripts $(BIN)/python -m gpu_kit.prepare $(ARGS)
 
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 9) <= sys.version_info < (3, 12))' || \

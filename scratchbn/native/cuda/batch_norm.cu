@@ -291,12 +291,12 @@ static __device__ void finish_backward(const Call& k) {
   const W* kept = static_cast<const W*>(k.kept);
   const double low = double(kept[k.C + c]), inverse_std = double(kept[2 * k.C + c]);
   const double level = double(reference<T>(k, affine, c)), factor = double(affine.factor);
-  const double sum = sums.a + m * level, mean = level + sums.a / m;
+  const double sum = sums.a + m * level, mean = level + sums.a * k.share;
   const double dy_xhat = (sums.b - low * sum) * inverse_std;
   if (dgamma) dgamma[c] = k.gamma ? W(dy_xhat) : W(0);
   if (dbeta) dbeta[c] = k.beta ? W(sum) : W(0);
   const bool trained = *k.flag != 1;
-  const double slope = -factor * inverse_std * dy_xhat / m;
+  const double slope = -factor * inverse_std * dy_xhat * k.share;
   W* lines = static_cast<W*>(k.lines);
   lines[c] = trained ? W(mean) : W(0);
   lines[k.C + c] = trained ? W(slope) : W(0);

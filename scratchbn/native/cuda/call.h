@@ -22,6 +22,7 @@ struct Call {
   int group;       // threads that add up the partial sums of one channel: a power of two
   int relu, cumulative, unbiased;
   double epsilon, momentum;
+  double share;  // of an element in a mean: 1 / (L * S)
 
   // T is the type of the data, W that of statistics: float for float16, else T.
   const void *x, *gamma, *beta;       // T, W, W; null gamma: 1, null beta: 0

@@ -73,6 +73,7 @@ class Launcher {
   void cut() {
     call_.splits = call_.group = 1;
     if (empty()) return;
+    call_.share = 1 / (double(call_.L) * call_.S);
     const bool by_columns = call_.S < kShortRun;
     const int row = by_columns ? call_.C * call_.S : call_.S;
     width_ = row % type_.width == 0 && aligned() ? type_.width : 1;
