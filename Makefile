@@ -19,7 +19,7 @@ else
 endif
 STALE := $(if $(filter-out $(WANTED),$(HAS))$(filter-out $(HAS),$(WANTED)),rebuild)
 
-.PHONY: help train test test-cu112 rehearse-gpu parity bench lint check sanitize soak pythons clean lock rebuild
+.PHONY: help train test test-cu112 rehearse-gpu gpu-kit parity bench lint check sanitize soak pythons clean lock rebuild
 .DELETE_ON_ERROR:
 
 # With ARGS="--device gpu" in .venv-cu112, which `make test-cu112` makes too.
@@ -73,6 +73,10 @@ test-cu112: $(READY)
 # (1.2 GB). ARGS=--skip-tests for the checks only; docs/gpu.md says what it proves.
 rehearse-gpu: $(READY)
 	$(BIN)/python scripts/rehearse_gpu.py $(ARGS)
+
+# What scripts/gpu_check.py takes to a machine with a card, in build/gpu-kit.
+gpu-kit: $(READY)
+	PYTHONPATH=scripts $(BIN)/python -m gpu_kit.prepare $(ARGS)
 
 $(READY): requirements.lock pyproject.toml $(STALE)
 	@command -v $(PYTHON) >/dev/null || \

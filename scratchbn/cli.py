@@ -17,6 +17,7 @@ from scratchbn import native
 from scratchbn._command import add_job, integer, named_shape
 from scratchbn._text import rich_table
 from scratchbn.environment import doctor
+from scratchbn.native import cuda
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,11 +45,18 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _build_native(arguments: argparse.Namespace) -> int:
-    """Compile the CPU kernel that the backends 'auto' and 'native' use; needs a C++ compiler."""
+    """Compile the kernel that the backends 'auto' and 'native' use; needs a C++ compiler."""
     path = native.build(force=arguments.force)
     if not native.available():
         raise native.BackendError(native.facts()["problem"] or "MXNet did not load the kernel")
     print(f"the compiled kernel: {path}")
+    try:
+        built = cuda.build(force=arguments.force)
+    except native.BackendError as error:  # on CPUs it is of use all the same
+        print(f"without kernels for the GPU: {error}")
+        return 0
+    for capability, code in built.items():
+        print(f"for compute capability {capability}: {code}")
     return 0
 
 

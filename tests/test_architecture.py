@@ -12,7 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ALL_PYTHON = sorted(
     f for d in ("scratchbn", "models", "scripts") for f in (REPOSITORY / d).rglob("*.py")
 )
-NATIVE = sorted(f for f in (PACKAGE / "native").iterdir() if f.suffix in (".cc", ".h"))
+NATIVE = sorted(f for f in (PACKAGE / "native").rglob("*") if f.suffix in (".cc", ".cu", ".h"))
 # What Gluon and MXNet keep to themselves, and who may touch it.
 PRIVATE = re.compile(
     r"\._(active|cached_graph|cached_op|cached_op_args|children|deferred_init|differentiable"

@@ -44,14 +44,16 @@ class Trace:
     """A graph being built.
 
     `arrays` are what the block was called with, by the names of their symbols; `writes` holds the
-    latest write to each variable; `names` are those that nodes have. `purpose` is 'execute',
-    'remember', or 'symbols' where a block is called on symbols and nobody knows what for.
+    latest write to each variable; `names` are those that nodes have; `shared` holds nodes that
+    serve all layers. `purpose` is 'execute', 'remember', or 'symbols' where a block is called on
+    symbols and nobody knows what for.
     """
 
     purpose: str = "symbols"
     arrays: dict[str, Array] = field(default_factory=dict)
     writes: dict[Any, Write] = field(default_factory=dict)
     names: set[str] = field(default_factory=set)
+    shared: dict[Any, Array] = field(default_factory=dict)
 
 
 # Given a CachedOp, its graph, which inputs are data, and its flags; returns what is to run.
@@ -78,10 +80,10 @@ def key_of(variable: Array) -> tuple[str, str | None]:
     return variable.name, AttrScope._current.value.get(None).get("__subgraph_name__")
 
 
-def devices_of(x: Array) -> set[str]:
-    """Return the types of the devices that hold `x`, or the arrays its graph is traced with."""
+def devices_of(x: Array) -> set[mx.Context]:
+    """Return the devices that hold `x`, or the arrays its graph is traced with."""
     arrays = current().arrays.values() if is_symbol(x) else [x]
-    return {a.context.device_type for a in arrays}
+    return {a.context for a in arrays}
 
 
 @contextmanager

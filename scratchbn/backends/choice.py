@@ -7,10 +7,12 @@ import threading
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
 
+import mxnet as mx
+
 from .. import native as kernel
 from .._graph import trace
 from .._graph.arrays import Array, is_symbol
-from ..native import BackendError
+from ..native import BackendError, cuda
 from .marker import describe, marker, marking
 from .native import native
 from .portable import portable
@@ -18,6 +20,7 @@ from .way import Layer, Way
 
 BACKENDS = ("auto", "portable", "native")
 _CPU = {"cpu", "cpu_pinned", "cpu_shared"}
+_ANY = {*_CPU, "gpu"}
 
 _chosen: str | None = None
 _here = threading.local()
@@ -34,25 +37,30 @@ def choose(layer: Layer, x: Array) -> Way:
     return portable
 
 
-def is_native(devices: Set[str], purpose: str) -> bool:
+def is_native(devices: Set[mx.Context], purpose: str) -> bool:
     """Tell whether to compute with the kernel.
 
-    `devices` are the types of those that hold the data, empty if no data is at hand; `purpose` is
-    'eager', or that of the :class:`~scratchbn._graph.trace.Trace`. A BackendError says why the
-    kernel cannot be had where it was chosen by name.
+    `devices` are those that hold the data, none if no data is at hand; `purpose` is 'eager', or
+    that of the :class:`~scratchbn._graph.trace.Trace`. A BackendError says why the kernel cannot be
+    had where it was chosen by name.
     """
     name = get_backend()
     if name == "portable" or purpose == "remember":
         return False
+    kinds = {device.device_type for device in devices}
+    gpus = {device.device_id for device in devices if device.device_type == "gpu"}
     if name == "auto":
-        on_cpu = bool(devices) and devices <= _CPU
-        return purpose in ("eager", "execute") and on_cpu and kernel.available()
-    if not devices <= _CPU:
+        where = bool(devices) and (kinds <= _CPU or kinds == {"gpu"})
+        if not (purpose in ("eager", "execute") and where and kernel.available()):
+            return False
+        return not gpus or cuda.available(gpus)
+    if not kinds <= _ANY:
         raise BackendError(
-            f"the native backend runs on CPUs, the data is on {', '.join(sorted(devices - _CPU))}: "
-            "choose 'auto' or 'portable'"
+            "the native backend runs on CPUs and GPUs, the data is on "
+            f"{', '.join(sorted(kinds - _ANY))}: choose 'auto' or 'portable'"
         )
     kernel.load()
+    cuda.load(gpus)
     return True
 
 
@@ -66,9 +74,10 @@ def set_backend(name: str) -> None:
     ----------
     name : {'auto', 'portable', 'native'}
         'portable': operators that every MXNet has, on any device. 'native': the compiled kernel,
-        built now if it has not been; it runs on CPUs. 'auto': native on a CPU, eager and
-        hybridized, if the kernel is built (``python -m scratchbn build-native``), else portable;
-        nothing is ever built for it.
+        built now if it has not been; on an NVIDIA GPU it needs NVRTC, which compiles it for the
+        card. 'auto': native, eager and hybridized, if the kernel is built (``python -m scratchbn
+        build-native``) and, on a GPU, can be had for it; else portable. Nothing is ever built for
+        'auto'.
 
     Raises
     ------

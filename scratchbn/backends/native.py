@@ -7,6 +7,7 @@ from typing import Any
 
 from mxnet import autograd
 
+from .._graph import trace
 from .._graph.arrays import Array, is_symbol
 from .._graph.state import alike, depend, remember, written
 from ..native import batch_norm
@@ -16,9 +17,14 @@ _serial = itertools.count()
 
 
 @named
-@in_float32
 def native(layer: Layer, F: Any, x: Array, state: State) -> Array:
     """Normalize a batch by one operator, in training and in inference."""
+    # On a GPU the operator takes float16 and computes in float32.
+    compute = _normalize if _on_gpu(x) else in_float32(_normalize)
+    return compute(layer, F, x, state)
+
+
+def _normalize(layer: Layer, F: Any, x: Array, state: State) -> Array:
     options = layer.options
     relu = layer.activates_by_relu
     compute = _in_graph if is_symbol(x) else _now
@@ -51,8 +57,7 @@ def _now(F: Any, x: Array, state: State, may_train: bool, **options: Any) -> Arr
 def _in_graph(F: Any, x: Array, state: State, may_train: bool, **options: Any) -> Array:
     # Each identity of its own: MXNet merges equal nodes, and adds many gradients in place.
     inputs = [F.identity(v, attr=_distinct()) for v in (x, state.gamma, state.beta)]
-    flag = F.ones((1,))
-    flag = F.Dropout(flag, p=0.5) if may_train else flag  # 1 in inference, 0 or 2 in training
+    flag = _flag(F, may_train, shared=_on_gpu(x))
     before = written(state.running_mean)
     if before is not None:  # a layer that is called twice writes in the order of the calls
         flag = depend(F, flag, F.cast(F.slice_axis(before, 0, 0, 1), "float32"))
@@ -60,6 +65,24 @@ def _in_graph(F: Any, x: Array, state: State, may_train: bool, **options: Any) -
     for variable in state.moving:
         remember(variable, alike(F, variable, done), done)
     return y
+
+
+def _flag(F: Any, may_train: bool, shared: bool) -> Array:
+    """Return what is 1 in inference, 0 or 2 in training.
+
+    On a GPU one serves all layers of a graph, as a launch costs more than what it computes; on a
+    CPU each has its own, so that all backends draw the same random numbers.
+    """
+    flags = trace.current().shared if shared else {}
+    key = trace.key_of(F.var("flag")), may_train
+    if key not in flags:
+        one = F.ones((1,))
+        flags[key] = F.Dropout(one, p=0.5) if may_train else one
+    return flags[key]
+
+
+def _on_gpu(x: Array) -> bool:
+    return {device.device_type for device in trace.devices_of(x)} == {"gpu"}
 
 
 def _operator(F: Any, inputs: list[Array], state: State, flag: Array, options: Any) -> Any:

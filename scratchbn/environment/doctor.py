@@ -15,6 +15,7 @@ import numpy as np
 
 from .. import datasets, native
 from .._text import rich_table, table
+from ..native import cuda
 from .device import wheel_verdict
 from .driver import Driver, dotted, fusion_problem, query_driver
 from .help import several_distributions_help, without_cuda_help
@@ -55,7 +56,7 @@ def doctor_facts() -> dict[str, Any]:
         "device": device,
         "packages": {name: version(name) for name in OPTIONAL_PACKAGES},
         "data": _data_facts(),
-        "backend": _backend_facts(backend or {"chosen": "unknown", "problem": None}),
+        "backend": _backend_facts(backend or {"chosen": "unknown", "problem": None}, mxnet),
         "advice": _advice(mxnet, device, driver),
     }
 
@@ -107,15 +108,19 @@ def _data_facts() -> dict[str, str]:
         return {"error": f"{type(exc).__name__}: {exc}"}
 
 
-def _backend_facts(backend: dict[str, Any]) -> dict[str, Any]:
-    """Add what 'auto' is on a CPU, and what there is of the kernel, to the backend's choice."""
-    kernel = native.facts()
+def _backend_facts(backend: dict[str, Any], mxnet: dict[str, Any]) -> dict[str, Any]:
+    """Add what 'auto' is, and what there is of the kernel, to the backend's choice."""
+    kernel, on_gpu = native.facts(), cuda.facts()
     problem = backend["problem"] or kernel["problem"]
+    if not mxnet["features"].get("CUDA", False):
+        on_gpu["problem"] = "mxnet is built without CUDA"
+    on_gpu["problem"] = problem or on_gpu["problem"]
     return {
         "chosen": backend["chosen"],
         "auto": "portable" if problem else "native",
         **kernel,
         "problem": problem,
+        "gpu": {"auto": "portable" if on_gpu["problem"] else "native", **on_gpu},
     }
 
 
@@ -163,8 +168,13 @@ def _sections(facts: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
         "Backend": {
             "chosen": backend["chosen"],
             "auto on a CPU": backend["auto"],
-            "on a GPU": "portable",
+            "auto on a GPU": _reasoned(backend["gpu"]["auto"], backend["gpu"]["problem"]),
             "kernel": backend["problem"] or backend["library"],
+            **{
+                f"for capability {capability}": path or "compiled at first use, some seconds"
+                for capability, path in backend["gpu"]["code"].items()
+            },
+            "NVRTC": backend["gpu"]["nvrtc"] or "none found",
             "compiler": backend["compiler"] or "none found",
         },
         "Optional packages": {k: v or "not installed" for k, v in facts["packages"].items()},
@@ -173,6 +183,10 @@ def _sections(facts: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     laid = [(title, [row for row in rows.items() if row[1]]) for title, rows in sections.items()]
     advice = [("!", line) for line in facts["advice"]]
     return [*laid, ("Advice", advice)] if advice else laid
+
+
+def _reasoned(choice: str, problem: str | None) -> str:
+    return choice if problem is None else f"{choice}: {problem}"
 
 
 def _gpu_text(gpu: dict[str, Any]) -> str:

@@ -19,7 +19,10 @@ from pathlib import Path
 from ..environment.prepare import mxnet_distributions
 
 _HERE = Path(__file__).resolve().parent
-_SOURCES = ("operator.cc", "batch_norm.h", "walk.h", "simd.h")
+_SOURCES = (
+    "operator.cc", "batch_norm.h", "walk.h", "simd.h",
+    "cuda/launch.h", "cuda/driver.h", "cuda/call.h",
+)  # fmt: skip
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-Wno-psabi")
 # The instruction set that compilers call x86-64-v3, in words that older compilers know too.
 _X86_64_V3 = ("-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mf16c")
@@ -61,7 +64,7 @@ def library_path() -> Path:
         digest.update(source.read_bytes())
     digest.update(" ".join(_flags()).encode())
     version = "-".join(mxnet_distributions().values()) or "source"
-    return _cache_directory() / f"batch_norm-mxnet-{version}-{digest.hexdigest()[:16]}.so"
+    return cache_directory() / f"batch_norm-mxnet-{version}-{digest.hexdigest()[:16]}.so"
 
 
 def compile_library(path: Path) -> None:
@@ -77,7 +80,7 @@ def compile_library(path: Path) -> None:
             sources = [str(_HERE / "operator.cc"), str(source)]
             include = ["-isystem", str(header.parents[1])]
             child = subprocess.run(
-                [command, *_flags(), *include, *sources, "-o", str(built)],
+                [command, *_flags(), *include, *sources, "-ldl", "-o", str(built)],
                 capture_output=True,
                 text=True,
             )
@@ -126,7 +129,7 @@ def _processor_features() -> set[str]:
     return set(flags.split()) if platform.machine() in ("x86_64", "AMD64") else set()
 
 
-def _cache_directory() -> Path:
+def cache_directory() -> Path:
     """Return the directory of libraries, in the user's cache unless SCRATCHBN_CACHE is set."""
     chosen = os.environ.get("SCRATCHBN_CACHE")
     if chosen:

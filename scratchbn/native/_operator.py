@@ -65,15 +65,22 @@ def batch_norm(
     done : NDArray or Symbol, shape (C,)
         Exists once the running statistics were moved.
     """
+    from .._graph.state import alike  # with mxnet, which the rest of this room does without
+
     others = [gamma, beta, running_mean, running_var, flag]
     others += [] if num_batches is None else [num_batches]
     # MXNet may look at the shape of x alone: see operator.cc.
     y, _, done = F._internal._scratchbn_batch_norm(
         x, *others, __ext_extra_inputs__=len(others), **options
     )
-    if hasattr(done, "list_arguments"):  # a symbol: one sum and one reshape that moves nothing
-        alike = F.BlockGrad(F.add_n(done, gamma, beta, running_mean, running_var))
+    if hasattr(done, "list_arguments"):  # a symbol
+        # Nodes that move nothing; reshape_like parts those that a GPU would fuse into a kernel.
+        like = done
+        for vector in (gamma, beta, running_mean, running_var):
+            like = F.reshape_like(alike(F, like, vector), done)
         axis = options["axis"]
         end = None if axis == -1 else axis + 1
-        y = F.reshape_like(y, alike, lhs_begin=axis, lhs_end=end, rhs_begin=0, rhs_end=1)
+        y = F.reshape_like(
+            y, F.BlockGrad(like), lhs_begin=axis, lhs_end=end, rhs_begin=0, rhs_end=1
+        )
     return y, done

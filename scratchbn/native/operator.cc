@@ -1,4 +1,5 @@
-// The operator `_scratchbn_batch_norm`, registered through MXNet's extension interface.
+// The operator `_scratchbn_batch_norm`, registered through MXNet's extension interface: on a CPU the
+// arithmetic is that of batch_norm.h, on a GPU that of cuda/batch_norm.cu.
 //
 // Inputs: data; gamma, beta, running_mean, running_var, shape (C,); flag, shape (1,), 1 in
 // inference and anything else in training; num_batches, shape (1,), if `momentum` is None.
@@ -12,7 +13,8 @@
 // So it is shown one input, data; the others must be declared as "extra" inputs, whose shapes and
 // types it does not infer. `_operator.py` does both; `check` is what is left to do here.
 //
-// Errors carry no text: MXNet's store of error messages is not thread-safe.
+// Errors carry no text: MXNet's store of error messages is not thread-safe. What a GPU's driver says
+// goes to the standard error stream.
 
 #include <locale.h>
 #include <mxnet/lib_api.h>
@@ -20,6 +22,7 @@
 #include <algorithm>
 #include <charconv>
 #include <cmath>
+#include <cstdio>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -27,6 +30,7 @@
 #include <vector>
 
 #include "batch_norm.h"
+#include "cuda/launch.h"
 
 namespace {
 
@@ -109,10 +113,17 @@ MXReturnValue parse_attributes(const Attributes& attributes, int* inputs, int* o
   });
 }
 
+// The type of everything but the data and the output.
+int statistics_type(int type) {
+  return type == mxnet::ext::kFloat16 ? int(mxnet::ext::kFloat32) : type;
+}
+
 MXReturnValue infer_type(const Attributes&, std::vector<int>* in, std::vector<int>* out) {
   int& type = in->front();  // where it is neither, MXNet reports that float32 was expected
-  if (type != -1 && type != mxnet::ext::kFloat64) type = mxnet::ext::kFloat32;
-  out->assign(kOutputs, type);
+  const bool half = type == mxnet::ext::kFloat16;
+  if (type != -1 && type != mxnet::ext::kFloat64 && !half) type = mxnet::ext::kFloat32;
+  out->assign(kOutputs, statistics_type(type));
+  (*out)[kOut] = type;
   return MX_SUCCESS;
 }
 
@@ -156,7 +167,8 @@ void check(const Options& options, const MXTensor* in) {
   const int64_t channels = view_of(in[kData], options).C;
   for (int i = kGamma; i < options.inputs(); ++i) {
     require(in[i].shape == std::vector<int64_t>{i < kFlag ? channels : 1});
-    require(in[i].dtype == (i == kFlag ? mxnet::ext::kFloat32 : in[kData].dtype));
+    require(in[i].dtype ==
+            (i == kFlag ? int(mxnet::ext::kFloat32) : statistics_type(in[kData].dtype)));
   }
 }
 
@@ -237,6 +249,7 @@ MXReturnValue compute(const Attributes& attributes, std::vector<MXTensor>* in,
                       std::vector<MXTensor>* out, const OpResource&) {
   return with_options(attributes, [&](const Options& options) {
     MXTensor *from = in->data(), *to = out->data();
+    require(from->dtype != mxnet::ext::kFloat16);  // on a CPU that is cast before
     const bool single = from->dtype == mxnet::ext::kFloat32;
     if (is_forward) {
       single ? forward<float>(options, from, to) : forward<double>(options, from, to);
@@ -246,11 +259,82 @@ MXReturnValue compute(const Attributes& attributes, std::vector<MXTensor>* in,
   });
 }
 
+// --- on a GPU ----------------------------------------------------------------------------------
+
+// The sizes, options and inputs of a call.
+scratchbn_gpu::Call call_of(const Options& options, const MXTensor* in) {
+  check(options, in);
+  const scratchbn::View view = view_of(in[kData], options);
+  scratchbn_gpu::Launcher::check_sizes(view.L, view.C, view.S);
+  scratchbn_gpu::Call call{};
+  call.L = int(view.L), call.C = int(view.C), call.S = int(view.S);
+  call.relu = options.relu, call.cumulative = options.cumulative, call.unbiased = options.unbiased;
+  call.epsilon = options.epsilon, call.momentum = options.momentum;
+  call.x = in[kData].data_ptr;
+  call.gamma = options.scale ? in[kGamma].data_ptr : nullptr;
+  call.beta = options.center ? in[kBeta].data_ptr : nullptr;
+  call.running_mean = in[kRunningMean].data_ptr, call.running_var = in[kRunningVar].data_ptr;
+  call.num_batches = options.cumulative ? in[kNumBatches].data_ptr : nullptr;
+  call.flag = static_cast<const float*>(in[kFlag].data_ptr);
+  return call;
+}
+
+scratchbn_gpu::Type type_of(const MXTensor& data) {
+  if (data.dtype == mxnet::ext::kFloat16) return scratchbn_gpu::kHalf;
+  return data.dtype == mxnet::ext::kFloat32 ? scratchbn_gpu::kSingle : scratchbn_gpu::kDouble;
+}
+
+template <bool is_forward>
+MXReturnValue compute_on_gpu(const Attributes& attributes, std::vector<MXTensor>* inputs,
+                             std::vector<MXTensor>* outputs, const OpResource& resource) {
+  return with_options(attributes, [&](const Options& options) {
+    MXTensor *in = inputs->data() + (is_forward ? 0 : int(kOutputs)), *out = outputs->data();
+    scratchbn_gpu::Call call = call_of(options, in);
+    if (call.C == 0) return;
+    if (is_forward) {
+      call.y = out[kOut].data_ptr, call.kept = out[kSaved].data_ptr;
+      call.token = out[kToken].data_ptr;
+    } else {
+      call.kept = in[options.inputs() + kSaved].data_ptr;
+      call.dy = inputs->front().data_ptr;
+      call.dx = out[kData].data_ptr;
+      call.dgamma = out[kGamma].data_ptr, call.dbeta = out[kBeta].data_ptr;
+    }
+    const scratchbn_gpu::Place place{in->ctx.dev_id, resource.get_cuda_stream(),
+                                     [&](int bytes) { return resource.alloc_gpu(bytes); }};
+    try {
+      scratchbn_gpu::Launcher launcher(call, type_of(*in), place);
+      is_forward ? launcher.forward() : launcher.backward();
+    } catch (const scratchbn_gpu::DriverError& error) {
+      std::fprintf(stderr, "scratchbn on gpu(%d): %s\n", place.device, error.what());
+      throw;
+    }
+  });
+}
+
 }  // namespace
+
+// Hands over the code of the kernels for cards of a compute capability, 86 for 8.6.
+extern "C" void scratchbn_gpu_add_image(int capability, const void* data, size_t size) {
+  scratchbn_gpu::Images::get().add(capability, data, size);
+}
+
+// Loads the kernels into a device. Returns 0, or 1 with the reason in `reason`.
+extern "C" int scratchbn_gpu_open(int device, char* reason, size_t size) {
+  try {
+    scratchbn_gpu::Device::get(device);
+    return 0;
+  } catch (const std::exception& error) {
+    std::snprintf(reason, size, "%s", error.what());
+    return 1;
+  }
+}
 
 REGISTER_OP(_scratchbn_batch_norm)
     .setForward(compute<true>, "cpu")
     .setBackward(compute<false>, "cpu")
+    .setForward(compute_on_gpu<true>, "gpu")
+    .setBackward(compute_on_gpu<false>, "gpu")
     .setParseAttrs(parse_attributes)
     .setInferType(infer_type)
     .setInferShape(infer_shape)

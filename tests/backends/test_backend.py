@@ -6,6 +6,7 @@ import threading
 import scratchbn
 from scratchbn import BackendError, ScratchBatchNorm, native, use_backend
 from scratchbn.backends import choice
+from scratchbn.native import cuda
 
 # isort: split
 import mxnet as mx
@@ -120,15 +121,33 @@ def test_without_a_kernel_auto_is_portable_and_native_an_error(unbuilt, unchosen
     assert scratchbn.get_backend() == "auto"
 
 
-def test_native_refuses_data_that_is_not_on_a_cpu(kernel):
-    with use_backend("native"):
-        assert choice.is_native({"cpu"}, "eager")
-        with pytest.raises(BackendError, match="runs on CPUs, the data is on gpu"):
-            choice.is_native({"gpu"}, "execute")
+CPU, GPU, REMOTE = mx.cpu(), mx.gpu(0), mx.gpu(1)
+
+
+def test_a_kernel_on_every_device_or_none(kernel, monkeypatch):
+    monkeypatch.setattr(cuda, "available", lambda devices: devices == {0})
     with use_backend("auto"):
-        assert not choice.is_native({"gpu", "cpu"}, "execute")
+        assert choice.is_native({CPU}, "execute")
+        assert choice.is_native({GPU}, "execute")
+        assert not choice.is_native({REMOTE}, "execute")
+        assert not choice.is_native({GPU, REMOTE}, "execute")
+        assert not choice.is_native({GPU, CPU}, "execute")
+        assert not choice.is_native({GPU}, "remember"), "files are portable"
         assert not choice.is_native(set(), "execute"), "no data that says where"
-        assert choice.is_native({"cpu"}, "eager")
+        assert choice.is_native({CPU}, "eager")
+        assert choice.is_native({GPU}, "eager")
+
+
+def test_native_says_why_a_gpu_cannot_be_had(kernel, monkeypatch):
+    def refuse(devices):
+        if devices:
+            raise BackendError(f"no driver for {devices}")
+
+    monkeypatch.setattr(cuda, "load", refuse)
+    with use_backend("native"):
+        assert choice.is_native({CPU}, "eager")
+        with pytest.raises(BackendError, match=r"no driver for \{0\}"):
+            choice.is_native({GPU}, "execute")
 
 
 # Nets

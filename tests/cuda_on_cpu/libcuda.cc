@@ -1,0 +1,104 @@
+// A driver, libcuda.so.1, for one card that is this CPU: its memory is the host's, and its kernels
+// are those of batch_norm.cu, compiled into this library. Launches are noted down.
+#include "cuda_on_cpu.h"
+// after it: what the kernels are written in
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <mutex>
+#include <string>
+#include <utility>
+
+#include "batch_norm.cu"
+
+#define API extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+using Kernel = void (*)(Call);
+#define NAMED(name) {#name, name}
+#define STREAMING_OF(type, V)                                                         \
+  NAMED(moments_##type##_##V), NAMED(transform_##type##_##V),                         \
+      NAMED(gradient_sums_##type##_##V), NAMED(gradient_##type##_##V)
+#define KERNELS_OF(type, V)                                      \
+  STREAMING_OF(type, 1), STREAMING_OF(type, V), NAMED(finish_forward_##type), \
+      NAMED(finish_backward_##type)
+
+const std::map<std::string, Kernel> kernels = {
+    KERNELS_OF(half, 4), KERNELS_OF(float, 4), KERNELS_OF(double, 2)};
+
+enum { kInvalidImage = 200, kInvalidContext = 201, kNotFound = 500 };
+
+std::mutex mutex;
+std::string noted;
+int depth = 0;  // of contexts
+int context, module;
+
+int number(const char* name, int otherwise) {
+  const char* text = std::getenv(name);
+  return text ? std::atoi(text) : otherwise;
+}
+
+}  // namespace
+
+API int cuInit(unsigned) { return 0; }
+API int cuDriverGetVersion(int* version) { return *version = 11080, 0; }
+API int cuDeviceGetCount(int* count) { return *count = 1, 0; }
+API int cuDeviceGet(int* device, int index) { return *device = index, index == 0 ? 0 : 101; }
+API int cuDeviceGetName(char* name, int size, int) {
+  return std::snprintf(name, size_t(size), "this CPU"), 0;
+}
+API int cuGetErrorString(int status, const char** text) {
+  return *text = status == kInvalidImage ? "invalid image" : "error of the stand-in", 0;
+}
+API int cuDeviceGetAttribute(int* value, int which, int) {
+  const int capability = number("CUDA_ON_CPU_CAPABILITY", 80);
+  *value = which == 16   ? number("CUDA_ON_CPU_PROCESSORS", 2)
+           : which == 75 ? capability / 10
+           : which == 76 ? capability % 10
+                         : 0;
+  return 0;
+}
+API int cuDevicePrimaryCtxRetain(void** of, int) { return *of = &context, 0; }
+API int cuCtxPushCurrent_v2(void* pushed) {
+  if (pushed != &context) return kInvalidContext;
+  return ++depth, 0;
+}
+API int cuCtxPopCurrent_v2(void** popped) { return --depth, *popped = &context, 0; }
+API int cuModuleLoadData(void** loaded, const void* image) {
+  const char* bytes = static_cast<const char*>(image);
+  if (depth == 0) return kInvalidContext;
+  if (std::strncmp(bytes, "\x7f" "ELF", 4) && !std::strstr(bytes, ".target")) return kInvalidImage;
+  return *loaded = &module, 0;
+}
+API int cuModuleGetFunction(void** function, void* of, const char* name) {
+  const auto found = kernels.find(name);
+  if (of != &module || found == kernels.end()) return kNotFound;
+  *function = const_cast<std::pair<const std::string, Kernel>*>(&*found);
+  return 0;
+}
+API int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx,
+                       unsigned by, unsigned bz, unsigned shared, void* stream, void** arguments,
+                       void**) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (depth == 0) return kInvalidContext;
+  if (gx == 0 || gy == 0 || gz != 1 || bx != kThreads || by != 1 || bz != 1 || shared) return 1;
+  const auto& kernel = *static_cast<std::pair<const std::string, Kernel>*>(function);
+  const Call& call = *static_cast<const Call*>(arguments[0]);
+  char line[512];
+  std::snprintf(line, sizeof line, "%s grid=%ux%u stream=%p x=%p dy=%p y=%p dx=%p kept=%p flag=%p\n",
+                kernel.first.c_str(), gx, gy, stream, call.x, call.dy, call.y, call.dx, call.kept,
+                static_cast<const void*>(call.flag));
+  noted += line;
+  cuda_on_cpu::launch(gx, gy, bx, [&] { kernel.second(call); });
+  return 0;
+}
+
+// What was launched since the last call, a line each.
+API const char* launches() {
+  const std::lock_guard<std::mutex> lock(mutex);
+  static std::string taken;
+  taken.swap(noted);
+  noted.clear();
+  return taken.c_str();
+}
