@@ -311,9 +311,8 @@ def train(options: Namespace, devices: list[Any], dataset: Dataset, workers: Wor
         net = evaluated(runs[0])
         if workers.rank != 0:
             return 0
-        metrics: dict[str, Any] = {"data": {"name": dataset.name, "source": dataset.source}}
-        metrics["data"].update(counts)
-        metrics.update(device=device_names, workers=workers.size, options=vars(options))
+        about = {"device": device_names, "workers": workers.size, "options": vars(options)}
+        metrics = {"data": {"name": dataset.name, "source": dataset.source, **counts}, **about}
         sample = mx.nd.array(test[0][:EVALUATION_BATCH], device)
         return write_results(metrics, runs, net, sample, check)
 
@@ -333,8 +332,8 @@ def write_results(
         metrics["epochs"] = sorted(epochs, key=lambda epoch: epoch["epoch"])
         metrics["crosscheck"] = check_metrics(check)
         metrics["export"] = {"max_abs_diff": finite_or_none(exported)}
-        text = json.dumps(metrics, indent=2, default=str)
-        (folder / "metrics.json").write_text(text + "\n", "utf-8")
+        text = json.dumps(metrics, indent=2, default=str) + "\n"
+        (folder / "metrics.json").write_text(text, "utf-8")
     print_table(runs, check, exported)
     print(f"written to {out}", flush=True)
 
@@ -343,28 +342,23 @@ def write_results(
         print(check)
         status = fail(NAME, 1, f"the cross-check {check.verdict}")
     if not exported <= EXPORT_TOLERANCE:
-        difference = f"differ from the net's by {exported:.1e}"
-        status = fail(NAME, 1, f"the exported symbols' scores {difference}")
+        status = fail(NAME, 1, f"an exported symbol differs from the net by {exported:.1e}")
     return status
 
 
 def save_net(net: Any, sample: Any, folder: Path) -> float:
     """Write parameters and symbols; return how far a symbol read back differs in its scores."""
-    net.save_parameters(str(folder / "lenet.params"))
-    expected = net(sample)
+    prefix, expected = str(folder / "lenet"), net(sample)
+    net.save_parameters(f"{prefix}.params")
     net.hybridize()
     net(sample)
-    net.export(str(folder / "lenet"))
-    params, symbol = str(folder / "lenet-0000.params"), str(folder / "lenet-symbol.json")
-    # A graph of the same parameters that only infers, and is faster; it is compared below.
-    infer = write_inference_symbol(symbol, params=params, verify=False)
-    differences = []
+    net.export(prefix)
+    files = [f"{prefix}-symbol.json", write_inference_symbol(f"{prefix}-symbol.json", verify=False)]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Cannot decide type")  # of data; it is float32
-        for file in (symbol, infer):
-            imported = gluon.SymbolBlock.imports(file, ["data"], params, ctx=sample.context)
-            differences.append(float((imported(sample) - expected).abs().max().asscalar()))
-    return float(np.max(differences))  # keeps NaN
+        load, params = gluon.SymbolBlock.imports, f"{prefix}-0000.params"
+        read = [load(file, ["data"], params, sample.context)(sample) for file in files]
+    return float(np.max([(y - expected).abs().max().asscalar() for y in read]))  # keeps NaN
 
 
 def check_metrics(check: Report | None) -> dict[str, Any]:
