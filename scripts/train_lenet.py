@@ -313,9 +313,8 @@ def train(options: Namespace, devices: list[Any], dataset: Dataset, workers: Wor
         net = evaluated(runs[0])
         if workers.rank != 0:
             return 0
-        metrics: dict[str, Any] = {"data": {"name": dataset.name, "source": dataset.source}}
-        metrics["data"].update(counts)
-        metrics.update(device=device_names, workers=workers.size, options=vars(options))
+        about = {"device": device_names, "workers": workers.size, "options": vars(options)}
+        metrics = {"data": {"name": dataset.name, "source": dataset.source, **counts}, **about}
         sample = mx.nd.array(test[0][:EVALUATION_BATCH], device)
         status = write_results(metrics, runs, net, sample, check)
         return fail(NAME, 3, session.unsaved) if session.unsaved else status
@@ -351,8 +350,7 @@ def write_results(
         print(check)
         status = fail(NAME, 1, f"the cross-check {check.verdict}")
     if not exported <= EXPORT_TOLERANCE:
-        difference = f"differ from the net's by {exported:.1e}"
-        status = fail(NAME, 1, f"the exported symbols' scores {difference}")
+        status = fail(NAME, 1, f"an exported symbol differs from the net by {exported:.1e}")
     return status
 
 
