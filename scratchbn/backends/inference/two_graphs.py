@@ -55,7 +55,7 @@ class TwoGraphs:
         self._flags = list(flags)
         lean = leaner(symbol)
         # What trains, unless a hook watches: then each node is to be seen.
-        self._lean = own if lean is None else self._cached_op(lean, range(len(is_data)))
+        self._lean = own if lean is None else self._runner(lean, range(len(is_data)))
         # MXNet lets a static_shape graph write running statistics without telling the engine.
         self._unordered = bool(dict(flags).get("static_shape"))
         self._lock = threading.Lock()
@@ -136,9 +136,9 @@ class TwoGraphs:
         used = [position[name] for name in symbol.list_inputs()]
         if type(self._symbol) is not mx.sym.Symbol:
             symbol = symbol.as_np_ndarray()
-        return self._cached_op(symbol, used), used
+        return self._runner(symbol, used), used
 
-    def _cached_op(self, symbol: Any, used: Sequence[int]) -> Any:
+    def _runner(self, symbol: Any, used: Sequence[int]) -> Any:
         """Return what runs a graph that takes these of the inputs, hybridized as the block is."""
         data = [i for i, source in enumerate(used) if source in self._data]
         parameters = [i for i, source in enumerate(used) if source not in self._data]
