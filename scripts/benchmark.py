@@ -78,6 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
     works = "which of train, inference and folded (default: all)"
     add("--nets", nargs="+", choices=_ALL_NETS, metavar="NET", help=nets)
     add("--entries", nargs="+", choices=ENTRIES, metavar="ENTRY", help=entries)
+    batch = "sizes of batch for the nets (default: each its own)"
+    add("--batch", nargs="+", type=integer(1), metavar="N", help=batch)
     add("--work", nargs="+", choices=WORKS, default=list(WORKS), metavar="WORK", help=works)
     effort = parser.add_mutually_exclusive_group()
     seconds = (
@@ -156,7 +158,7 @@ def _measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
         raise ValueError(f"argument --out: {str(options.out)!r} is not writable")
     command = shlex.join(["python", "scripts/benchmark.py", *arguments])
     report = Report(command, machine.describe(), machine.versions(), notes=notes)
-    groups = plan.groups(nets, options.work, options.quick, report.notes)
+    groups = plan.groups(nets, options.work, options.quick, report.notes, options.batch)
     seconds, sample_seconds = _QUICK_EFFORT if options.quick else _EFFORT
     effort = Effort(options.seconds or seconds, options.rounds, sample_seconds)
     python = (options.torch_python or sys.executable) if options.against else ""

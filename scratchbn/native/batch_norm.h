@@ -13,12 +13,15 @@
 
 namespace scratchbn {
 
+// What follows the normalization.
+enum class Relu { kNone, kRelu, kActivation };
+
 // All that one call needs; arrays per channel have C elements.
 template <typename T>
 struct Layer {
   View view;
   double epsilon;
-  bool relu;
+  Relu relu;
   const T* x;
   const T* gamma;  // null: treated as 1
   const T* beta;   // null: treated as 0
@@ -151,7 +154,9 @@ template <typename T>
 auto output(const Layer<T>& layer, const Coefficients<T, 3>& coefficients, T* y) {
   return Map(layer.view, coefficients, y, [layer](auto v, int64_t i, const auto& k) {
     const auto z = normalized(load<decltype(v)>(layer.x + i), k);
-    return layer.relu ? relu<T>(z) : z;
+    return layer.relu == Relu::kNone ? z
+           : layer.relu == Relu::kRelu ? relu<T>(z)
+                                       : activation<T>(z);
   });
 }
 
@@ -201,7 +206,9 @@ struct GradientSums {
 template <typename V, typename T, typename K>
 inline V gradient_at(const Layer<T>& layer, const T* dy, int64_t i, const K& k) {
   const V g = load<V>(dy + i);
-  return layer.relu ? relu_gradient<T>(normalized(load<V>(layer.x + i), k), g) : g;
+  if (layer.relu == Relu::kNone) return g;
+  const V z = normalized(load<V>(layer.x + i), k);
+  return layer.relu == Relu::kRelu ? relu_gradient<T>(z, g) : activation_gradient<T>(z, g);
 }
 
 template <typename T>

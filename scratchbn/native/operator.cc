@@ -6,7 +6,8 @@
 // Outputs: the normalized data; what the backward needs, shape (3, C); a token, shape (C,), that
 // exists once the running statistics were moved.
 //
-// Attributes come as Python writes them: True and False, None, numbers.
+// Attributes come as Python writes them: True and False, None, numbers; `relu` may be "Activation",
+// which is MXNet's operator of that name.
 //
 // MXNet 1.9.1 copies the shapes of the inputs into a buffer that it sizes by the sum of their
 // ranks, where an unknown shape counts -1: with some known and some unknown it writes past the end.
@@ -26,6 +27,7 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <unordered_map>
 #include <vector>
 
@@ -82,7 +84,8 @@ struct Options {
         momentum(cumulative ? 0 : number(attributes.at("momentum"))),
         scale(truth(attributes.at("scale"))),
         center(truth(attributes.at("center"))),
-        relu(truth(attributes.at("relu"))),
+        activation(attributes.at("relu") == "Activation"),
+        relu(activation || truth(attributes.at("relu"))),
         unbiased(truth(attributes.at("unbiased_variance"))) {}
 
   int inputs() const { return cumulative ? kNumBatches + 1 : kFlag + 1; }
@@ -91,7 +94,7 @@ struct Options {
   double epsilon;
   bool cumulative;
   double momentum;
-  bool scale, center, relu, unbiased;
+  bool scale, center, activation, relu, unbiased;
 };
 
 // Calls f(options), and fails if it, or the options, throw: no exception may reach MXNet's threads.
@@ -172,12 +175,20 @@ void check(const Options& options, const MXTensor* in) {
   }
 }
 
+// MXNet's Activation hides NaN where oneDNN computes it: float32 with 1, 2 or 4 axes.
+template <typename T>
+scratchbn::Relu relu_of(const Options& options, size_t rank) {
+  if (!options.relu) return scratchbn::Relu::kNone;
+  const bool by_onednn = std::is_same_v<T, float> && (rank == 2 || rank == 4);
+  return options.activation && by_onednn ? scratchbn::Relu::kActivation : scratchbn::Relu::kRelu;
+}
+
 template <typename T>
 scratchbn::Layer<T> layer_of(const Options& options, MXTensor* in) {
   check(options, in);
   return {view_of(in[kData], options),
           options.epsilon,
-          options.relu,
+          relu_of<T>(options, in[kData].shape.size()),
           in[kData].data<T>(),
           options.scale ? in[kGamma].data<T>() : nullptr,
           options.center ? in[kBeta].data<T>() : nullptr};

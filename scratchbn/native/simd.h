@@ -47,6 +47,17 @@ inline V relu_gradient(V z, V dy) {
   return z > T(0) ? dy : (z == z ? V{} : z);
 }
 
+// The same as MXNet's Activation has them, which hides NaN where oneDNN computes it.
+template <typename T, typename V>
+inline V activation(V z) {
+  return z > T(0) ? z : V{};
+}
+
+template <typename T, typename V>
+inline V activation_gradient(V z, V dy) {
+  return z > T(0) ? dy : V{};
+}
+
 // Calls f(V{}, i) for i = 0, w, 2w, ... with vectors V of width w, and with single numbers at the
 // end.
 template <typename T, typename F>

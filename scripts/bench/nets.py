@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mxnet.gluon import nn
@@ -46,6 +46,10 @@ class Net:
         """The name, and the size of a single layer's data."""
         return f"{self.name}, {self.nbytes / 2**20:.3g} MiB" if self.layer else self.name
 
+    def with_batch(self, size: int) -> Net:
+        """Return the net on a batch of another size."""
+        return replace(self, shape=(size, *self.shape[1:]))
+
     @property
     def missing(self) -> bool:
         """Whether the package it needs is not installed."""
@@ -80,6 +84,8 @@ NETS = {
         Net("mlp", _mlp, (256, 784)),
         _zoo_net("cifar_resnet20_v1", (32, 3, 32, 32)),
         _zoo_net("resnet18_v1", (8, 3, 112, 112)),
+        _zoo_net("mobilenet0.5", (8, 3, 128, 128)),
+        _zoo_net("densenet121", (2, 3, 224, 224)),
         Net("channels_last", channels_last, (32, 16, 16, 32)),
         Net("conv1d", conv1d, (32, 16, 256)),
     )

@@ -30,15 +30,23 @@ def runnable(
 
 
 def groups(
-    names: Sequence[str], works: Sequence[str], quick: bool, notes: list[str]
+    names: Sequence[str],
+    works: Sequence[str],
+    quick: bool,
+    notes: list[str],
+    batches: Sequence[int] | None = None,
 ) -> list[tuple[Net, str]]:
     """Return each net, and each size of a single layer, with each kind of work it has.
 
-    Layers too large for the memory are left out, with a note.
+    Nets have their own size of batch, or each of `batches`. Layers too large for the memory are
+    left out, with a note.
     """
     caches, memory = cache_sizes(), available_memory()
     sizes = sweep_sizes(caches[2], caches[3])[: 1 if quick else None]
-    found = [(NETS[name], work) for name in names if name in NETS for work in works]
+    nets = [NETS[name] for name in names if name in NETS]
+    if batches:
+        nets = [net.with_batch(size) for net in nets for size in batches]
+    found = [(net, work) for net in nets for work in works]
     for layer in [single_layer(name, size) for name in names if name in LAYOUTS for size in sizes]:
         if memory < _ALIVE * layer.nbytes:
             notes.append(f"{layer.title} left out: needs {_ALIVE} tensors of memory")

@@ -128,6 +128,8 @@ _NETS: dict[str, Callable[[Sequence[int]], Any]] = {
 
 def _build(name: str, work: str, shape: Sequence[int]) -> tuple[Callable[[], Any], int]:
     """Return what does one step of a work, and how many numbers the net trains."""
+    if name not in _NETS:
+        raise ValueError(f"{name} is not among the nets for PyTorch")
     torch.manual_seed(0)
     net = _NETS[name](shape)
     count = sum(p.numel() for p in net.parameters())

@@ -228,6 +228,13 @@ def test_large_single_layers_leave_the_textbook_out():
     assert NETS["mlp"].entries("folded", entries) == ["builtin", "none"]
 
 
+def test_nets_take_batches_of_other_sizes():
+    found = plan.groups(["mlp", "layer_2d"], ["train"], True, [], [1, 8])
+    assert [net.shape[0] for net, _ in found if not net.layer] == [1, 8]
+    assert [net.shape for net, _ in plan.groups(["mlp"], ["train"], True, [])] == [(256, 784)]
+    assert benchmark.build_parser().parse_args(["--batch", "1", "32"]).batch == [1, 32]
+
+
 @pytest.mark.parametrize("name", ["channels_last", "mlp", "layer_nhwc"])
 def test_entries_compute_the_same(name):
     net = NETS.get(name) or single_layer(name, 2**16)

@@ -56,22 +56,23 @@ def described(node: Node, variables: Mapping[str, Node]) -> Call | None:
 
 
 def compiled(node: Node, variables: Mapping[str, Node]) -> Call | None:
-    """Return the call that a node of the compiled operator is."""
-    if node.op != OPERATOR:
+    """Return the call that ends with a node behind the compiled operator."""
+    kernel = node.inputs[0].node if node.op == "reshape_like" else node
+    if kernel.op != OPERATOR or kernel is node:
         return None
-    x, gamma, beta = (_behind_identity(source) for source in node.inputs[:3])
-    parameters = [source.node for source in (gamma, beta, *node.inputs[3:5])]
+    x, gamma, beta = (_behind_identity(source) for source in kernel.inputs[:3])
+    parameters = [source.node for source in (gamma, beta, *kernel.inputs[3:5])]
     if not all(parameter.is_variable for parameter in parameters):
         return None
     return Call(
         Output(node),
         x,
         tuple(map(Output, parameters)),
-        axis=int(node.attrs["axis"]),
-        epsilon=float(node.attrs["epsilon"]),
-        scale=node.flag("scale", True),
-        center=node.flag("center", True),
-        relu="relu" if node.flag("relu", False) else None,
+        axis=int(kernel.attrs["axis"]),
+        epsilon=float(kernel.attrs["epsilon"]),
+        scale=kernel.flag("scale", True),
+        center=kernel.flag("center", True),
+        relu="relu" if kernel.flag("relu", False) else None,
     )
 
 

@@ -14,6 +14,7 @@ from mxnet import autograd
 from ..._graph.nodes import Graph
 from ...native import OPERATOR
 from ..choice import get_backend
+from ..leaner import leaner
 from ..marker import KEY
 from .calls import Call, compiled, described
 from .factors import Fact
@@ -52,31 +53,36 @@ class TwoGraphs:
         self._symbol = symbol
         self._data = [i for i, data in enumerate(is_data) if data]
         self._flags = list(flags)
+        lean = leaner(symbol)
+        # What trains, unless a hook watches: then each node is to be seen.
+        self._lean = own if lean is None else self._runner(lean, range(len(is_data)))
         # MXNet lets a static_shape graph write running statistics without telling the engine.
         self._unordered = bool(dict(flags).get("static_shape"))
         self._lock = threading.Lock()
         self._seconds: dict[Any, Second | None] = {}
         self._observed = False
-        self._latest: bool | None = None
+        self._latest: Any = None
 
     def __call__(self, *arrays: Array, **options: Any) -> Any:
         """Run the graph that the mode asks for."""
-        if options or not self._infers(arrays):
-            self._wait_for_the_other(False)
-            return self._own(*arrays, **options)
+        observed, self._observed = self._observed, False
+        first = self._own if observed else self._lean
+        if observed or options or not self._infers(arrays):
+            self._wait_for_others(first)
+            return first(*arrays, **options)
         try:
             second = self._second(arrays)
-            self._wait_for_the_other(second is not None)
+            self._wait_for_others(first if second is None else second)
             if second is not None:
                 return _run(second, arrays)
         except mx.MXNetError as error:
             try:
-                results = self._own(*arrays)
+                results = first(*arrays)
             except mx.MXNetError:
                 raise error from None  # it is the inputs that are wrong
             self._seconds[self._key(arrays)] = None
             return results
-        return self._own(*arrays)
+        return first(*arrays)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._own, name)
@@ -88,8 +94,7 @@ class TwoGraphs:
 
     def _infers(self, arrays: Sequence[Array]) -> bool:
         """Tell whether a call is one of inference for which there may be a second graph."""
-        observed, self._observed = self._observed, False
-        if observed or autograd.is_recording() or autograd.is_training():
+        if autograd.is_recording() or autograd.is_training():
             return False
         if get_backend() != "auto" or not inference_graph():
             return False
@@ -112,11 +117,11 @@ class TwoGraphs:
     def _key(self, arrays: Sequence[Array]) -> Any:
         return tuple((arrays[i].ndim, arrays[i].dtype) for i in self._data)
 
-    def _wait_for_the_other(self, runs_second: bool) -> None:
-        """Wait, where the engine does not, for what the other graph reads or writes."""
-        if self._unordered and self._latest not in (None, runs_second):
+    def _wait_for_others(self, runs: Any) -> None:
+        """Wait, where the engine does not, for what the graphs but this one read or write."""
+        if self._unordered and self._latest is not None and self._latest is not runs:
             mx.nd.waitall()
-        self._latest = runs_second
+        self._latest = runs
 
     def _built(self, arrays: Sequence[Array]) -> Second | None:
         """Build the second graph for inputs like these; None if no layer gains by it."""
@@ -131,10 +136,14 @@ class TwoGraphs:
         used = [position[name] for name in symbol.list_inputs()]
         if type(self._symbol) is not mx.sym.Symbol:
             symbol = symbol.as_np_ndarray()
+        return self._runner(symbol, used), used
+
+    def _runner(self, symbol: Any, used: Sequence[int]) -> Any:
+        """Return what runs a graph that takes these of the inputs, hybridized as the block is."""
         data = [i for i, source in enumerate(used) if source in self._data]
         parameters = [i for i, source in enumerate(used) if source not in self._data]
         flags = [("data_indices", data), ("param_indices", parameters), *self._flags]
-        return mx.nd.CachedOp(symbol, flags), used
+        return mx.nd.CachedOp(symbol, flags)
 
 
 def _run(second: Second, arrays: Sequence[Array]) -> Any:
@@ -177,4 +186,4 @@ def _gains(call: Call, fact: Fact) -> bool:
     rank, channels = fact.rank or 0, fact.channels or 0
     if call.axis % rank != 1:
         return False
-    return call.output.node.op != OPERATOR or (rank == 4 and channels % 8 == 0)
+    return call.output.node.inputs[0].node.op != OPERATOR or (rank == 4 and channels % 8 == 0)

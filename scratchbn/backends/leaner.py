@@ -1,0 +1,57 @@
+"""The graph that runs a block by the compiled operator, with fewer nodes.
+
+A layer writes its operator for any place in a graph. Once the graph is whole it can be seen what
+its place is: a ReLU behind it is computed by the operator itself, which then need not keep what is
+between the two; and the identity that keeps the operator's gradient from overwriting that of
+others is not needed where there are no others. Names, files and what a block remembers are those
+of the graph as it was traced.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .._graph.nodes import Graph, Node, Output
+from ..native import OPERATOR
+
+
+def leaner(symbol: Any) -> Any | None:
+    """Return the graph with fewer nodes, its inputs in the same order; None if there are none."""
+    graph = Graph(symbol, amp_casts=True)
+    uses = graph.uses()
+    replaced: dict[Output, Output] = {}
+    found = False
+    for node in graph.nodes():
+        if node.op == OPERATOR:
+            source = node.inputs[0].node
+            if source.op == "_copy" and uses[source] == 1 and _is_alone(source.inputs[0], uses):
+                node.inputs[0] = source.inputs[0]
+                found = True
+        elif _is_relu(node):
+            last = node.inputs[0].node  # the reshape behind the operator
+            kernel = last.inputs[0].node if last.op == "reshape_like" else last
+            if (
+                kernel.op == OPERATOR
+                and kernel is not last
+                and uses[last] == 1
+                and kernel.attrs["relu"] == "False"
+            ):
+                kernel.attrs["relu"] = "Activation"
+                replaced[Output(node)] = Output(last)
+    if not found and not replaced:
+        return None
+    graph.replace(replaced)
+    result = graph.symbol()
+    if result.list_inputs() != symbol.list_inputs():
+        return None
+    return result if type(symbol) is type(result) else result.as_np_ndarray()
+
+
+def _is_alone(source: Output, uses: Any) -> bool:
+    """Tell whether the gradient of an output is that of one use: no user's, and no sum."""
+    return not source.node.is_variable and uses[source.node] == 1
+
+
+def _is_relu(node: Node) -> bool:
+    # The operator `relu` turns a gradient that is not finite into NaN where its input is negative.
+    return node.op == "Activation" and node.attrs.get("act_type") == "relu"
