@@ -284,10 +284,10 @@ class _GatheringHook:
         self.put_back()
         if _is_frozen(layer) or not inputs[0].size:
             return
-        x = to_classic(inputs[0]).astype("float64")
-        mean, variance = (
-            values.asnumpy() for values in functional.moments(mx.nd, x, channel_axis(layer))
-        )
+        x, axis = _elements(layer, *inputs)
+        if not x.size:
+            return
+        mean, variance = (values.asnumpy() for values in functional.moments(mx.nd, x, axis))
         parts = self._gathered.of(layer)
         if not (np.isfinite(mean).all() and np.isfinite(variance).all()):
             raise ValueError(
@@ -295,6 +295,15 @@ class _GatheringHook:
                 f"{self._title!r} has none after {parts.calls} batches"
             )
         parts.add(x.size // len(mean), mean, variance)
+
+
+def _elements(layer: Any, x: Array, mask: Array = None) -> tuple[Array, int]:
+    """Return what the statistics of a layer are of, in float64, and the channel axis."""
+    x, axis = to_classic(x).astype("float64"), channel_axis(layer)
+    if mask is None:
+        return x, axis
+    valid = np.moveaxis(x.asnumpy(), axis, -1)[mask.asnumpy() != 0]
+    return mx.nd.array(valid, ctx=x.context, dtype="float64"), 1
 
 
 def _new_values(layer: Any, gathered: _Gathered) -> Iterator[tuple[Any, np.ndarray]]:
