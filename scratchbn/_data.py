@@ -7,6 +7,8 @@ from typing import Any, Union
 import mxnet as mx
 import numpy as np
 
+from ._graph.arrays import Array, is_symbol
+from ._graph.trace import current
 from ._graph.types import BFLOAT16, Dtype, dtype_of, name_of
 
 Initializer = Union[str, mx.init.Initializer]
@@ -18,6 +20,7 @@ _STATISTICS: dict[Dtype, Dtype] = {
     np.dtype("float32"): np.dtype("float32"),
     np.dtype("float64"): np.dtype("float64"),
 }
+_LAST_LIKELY_AXIS = 4  # of a batch of Conv3D
 _ALLOWED = "float16, bfloat16, float32 or float64"
 
 
@@ -37,6 +40,30 @@ def statistics_dtype(dtype: Any) -> Dtype:
     return _STATISTICS[dtype_of(dtype)]
 
 
+def _out_of_range(axis: int, shape: tuple[int, ...]) -> str:
+    text = f"axis={axis} is out of range for data of shape {shape}"
+    if axis >= len(shape) and (axis > _LAST_LIKELY_AXIS or axis in shape):
+        text += f": in_channels={axis}? The first argument of a layer is its axis"
+    return text
+
+
+def check_traced(x: Array, axis: int) -> None:
+    """Check an axis that no net has against the rank of a symbol, if its graph tells that.
+
+    Inference visits the whole graph, so it is not done for axes that a net may have.
+    """
+    if -1 - _LAST_LIKELY_AXIS <= axis <= _LAST_LIKELY_AXIS or not is_symbol(x):
+        return
+    used = set(x.list_arguments())
+    given = {name: a.shape for name, a in current().arrays.items() if name in used}
+    try:
+        shape = x.infer_shape_partial(**given)[1][0]
+    except mx.MXNetError:  # an operator before this one is wrong: MXNet says so itself
+        return
+    if shape and not -len(shape) <= axis < len(shape):
+        raise ValueError(_out_of_range(axis, shape))
+
+
 def check_data(x: mx.nd.NDArray, axis: int, channels: int, held: Any) -> None:
     """Check data against a layer's axis, channels (0: not known yet) and Parameters' dtype."""
     if x.ndim < 2:
@@ -44,7 +71,7 @@ def check_data(x: mx.nd.NDArray, axis: int, channels: int, held: Any) -> None:
             f"data must have at least 2 axes, a batch axis and a channel axis; got {x.shape}"
         )
     if not -x.ndim <= axis < x.ndim:
-        raise ValueError(f"axis={axis} is out of range for data of shape {x.shape}")
+        raise ValueError(_out_of_range(axis, x.shape))
     if channels and x.shape[axis] != channels:
         raise ValueError(
             f"data must have {channels} channels on axis {axis} (in_channels={channels}), "

@@ -29,6 +29,9 @@ def freeze(net: Block, parameters: bool = False) -> tuple[str, ...]:
     remembers its state for :func:`unfreeze`; to freeze twice changes nothing. Compiled graphs are
     dropped; they are built again when the net is called.
 
+    GluonCV's ``freeze_bn``, and other code that asks ``isinstance(layer, nn.BatchNorm)``, passes
+    :class:`ScratchBatchNorm` by without a word: call this in its place.
+
     Parameters
     ----------
     net : Block

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import mxnet as mx
 from mxnet.gluon import HybridBlock
 
 from . import backends, functional
+from ._arguments import refuse_unknown
 from ._checks import check_flag, check_integer
 from ._data import (
     Initializer,
     check_data,
     check_dtype,
     check_initializer,
+    check_traced,
     statistics_dtype,
 )
 from ._graph.arrays import Array, is_numpy, is_symbol, to_classic, to_numpy
@@ -139,7 +141,9 @@ class ScratchBatchNorm(HybridBlock):
         unbiased_variance: bool = False,
         prefix: str | None = None,
         params: mx.gluon.ParameterDict | None = None,
+        **unknown: NoReturn,
     ) -> None:
+        refuse_unknown(type(self), unknown)
         options = self.options_class(
             axis=axis,
             momentum=momentum,
@@ -276,6 +280,7 @@ class ScratchBatchNorm(HybridBlock):
         num_batches: Array = None,
     ) -> Array:
         """Normalize a batch; see :meth:`forward`. `F` is ``mxnet.nd`` or ``mxnet.sym``."""
+        check_traced(x, self.options.axis)
         state = backends.State.of(gamma, beta, running_mean, running_var, num_batches)
         compute = backends.choose(self, x)  # portable, native or marker
         y = compute(self, F, to_classic(x), state)

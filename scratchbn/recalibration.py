@@ -31,6 +31,7 @@ from ._net import (
     put_back,
     values_of,
 )
+from ._text import first_line
 from .monitor.twin import GraphTwin
 from .population import CumulativeAverage, Population
 
@@ -67,7 +68,8 @@ def recalibrate(
         or the ``nn.BatchNorm`` family.
     data : iterable
         Of batches: each an NDArray; a list or tuple such as (data, label), whose first item the
-        net is called with, with all of them if that is itself a list or tuple of NDArrays; or a
+        net is called with, with all of them if that is itself a list or tuple of NDArrays
+        (a bare ``(a, b)`` for a net of two inputs is read as (data, label): pass `call`); or a
         ``mx.io.DataBatch``, whose data it is called with, without what pads the last one. Arrays
         that are on none of the net's devices are copied to its first.
     batches : int, optional
@@ -90,7 +92,8 @@ def recalibrate(
     Raises
     ------
     TypeError
-        If an argument or a batch is not of the kind given above.
+        If an argument or a batch is not of the kind given above, or the net does not take what a
+        batch was read as.
     ValueError
         If `data` has too few batches, if the input of a norm layer has a mean or variance that is
         not finite, if `batches` or `mode` is out of range, or if a layer with
@@ -181,7 +184,23 @@ def _calls(
         if call is not None:
             yield partial(call, net, batch)
         else:
-            yield partial(net, *(_on(devices, x) for x in _inputs(batch, number)))
+            arrays = [_on(devices, x) for x in _inputs(batch, number)]
+            yield partial(_called, net, arrays, batch, number)
+
+
+def _called(net: Any, arrays: list[Array], batch: Any, number: int) -> None:
+    """Call a net; if it does not take what a batch was taken for, say what was done."""
+    try:
+        net(*arrays)
+    except (TypeError, ValueError) as error:
+        # A ValueError about structure is how the graph of a SymbolBlock counts its arguments.
+        if isinstance(error, ValueError) and "argument structure" not in str(error):
+            raise
+        count = f"{len(arrays)} array{'s' if len(arrays) > 1 else ''}"
+        raise TypeError(
+            f"{first_line(error)} (batch {number} is {_kind(batch)}, so the net was called with "
+            f"{count}; if it takes others: call=lambda net, batch: net(batch[0], batch[1]))"
+        ) from error
 
 
 def _inputs(batch: Any, number: int) -> list[Array]:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from functools import cache, partial
 from itertools import count
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import mxnet as mx
 from mxnet import autograd
@@ -168,6 +168,7 @@ class ScratchSyncBatchNorm(ScratchBatchNorm):
         unbiased_variance: bool = False,
         prefix: str | None = None,
         params: mx.gluon.ParameterDict | None = None,
+        **unknown: NoReturn,
     ) -> None:
         sharing = {"num_devices": num_devices, "key": key, "timeout": timeout}
         self.options_class(sharing)
@@ -188,6 +189,7 @@ class ScratchSyncBatchNorm(ScratchBatchNorm):
             unbiased_variance=unbiased_variance,
             prefix=prefix,
             params=params,
+            **unknown,
         )
         self.options.update(sharing)
         self._identity = _Identity()

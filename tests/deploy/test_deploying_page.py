@@ -31,6 +31,11 @@ def test_the_examples_of_the_document_run(tmp_path, monkeypatch, capsys):
     x, y = names["x"], names["y"]
     assert names["int8"](x).shape == y.shape
     assert "amp_cast" in names["half"](mx.sym.var("data")).tojson(remove_amp_cast=False)
+    symbol, _, auxiliary = names["half_files"]
+    _, _, types = symbol.infer_type(data="float32")
+    assert "amp_cast" in symbol.tojson(remove_amp_cast=False)
+    assert len(types) == len(auxiliary) == 2
+    assert {t.__name__ for t in types} == {"float32"}
     commands = [line for block in blocks("bash") for line in block.splitlines()]
     assert len(commands) == 4
     for line in commands:

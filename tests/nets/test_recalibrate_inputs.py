@@ -49,6 +49,23 @@ def test_a_net_of_two_inputs(pair, batch, call):
     assert_of(net.norm, *pair)
 
 
+@pytest.mark.parametrize("form", ["hybrid", "imported"])
+def test_a_bare_pair_is_read_as_data_and_label_and_the_error_says_what_to_write(pair, form):
+    net = Difference()
+    if form == "imported":
+        a, b = mx.sym.var("a"), mx.sym.var("b")
+        net = gluon.SymbolBlock(mx.sym.BatchNorm(a - b, name="norm"), [a, b])
+    net.initialize()
+    net.hybridize()
+    net(*pair)
+    before = [p.data().asnumpy() for p in net.collect_params().values()]
+    text = r"batch 1 is a tuple .* with 1 array; if it takes others: call=lambda net, batch: net"
+    with pytest.raises(TypeError, match=text):
+        recalibrate(net, [([*pair], 0), tuple(pair)])
+    for value, p in zip(before, net.collect_params().values()):
+        np.testing.assert_array_equal(value, p.data().asnumpy())
+
+
 def one(device=None):
     net = nn.HybridSequential()
     net.add(ScratchBatchNorm())
