@@ -703,10 +703,17 @@ def test_the_example_in_the_documentation(tmp_path, monkeypatch, capsys):
     for needed in ("matplotlib", "mlxtend"):
         pytest.importorskip(needed)
     text = (REPOSITORY / "docs" / "monitoring.md").read_text("utf-8")
-    example = text.split("```python\n", 1)[1].split("```", 1)[0]
+    example, starting = (part.split("```", 1)[0] for part in text.split("```python\n")[1:3])
     monkeypatch.chdir(tmp_path)
-    exec(compile(example, "monitoring.md", "exec"), {})
+    names = {}
+    exec(compile(example, "monitoring.md", "exec"), names)
     before, after = (float(line.split()[-1]) for line in capsys.readouterr().out.splitlines())
     assert before < 0.5
     assert after > 0.95
     assert sorted(p.name for p in tmp_path.iterdir()) == ["lenet.csv", "monitor-lenet.png"]
+
+    exec(compile(starting, "monitoring.md", "exec"), names)
+    early = names["early"]
+    assert early["momentum=0.9"] < 0.6
+    assert min(early[name] for name in ("momentum=None", "DebiasedBatchNorm")) > 0.75
+    assert early["recalibrate"] > 0.88
