@@ -9,7 +9,7 @@ import mxnet as mx
 from mxnet.gluon import HybridBlock
 
 from . import functional
-from ._graph.arrays import Array, is_symbol, to_classic
+from ._graph.arrays import Array, to_classic
 from ._graph.mode import Select
 from ._graph.view import ChannelView
 from .layer import ScratchBatchNorm
@@ -91,16 +91,13 @@ class MaskedBatchNorm(ScratchBatchNorm):
         """
         if not isinstance(x, mx.nd.NDArray):
             return super().forward(x) if mask is None else HybridBlock.forward(self, x, mask)
-        if self._masks != (mask is not None):  # a graph has a mask or has none
-            self._clear_cached_op()
-            self._masks = mask is not None
+        if self._masks != (mask is not None) or x.dtype != self._traced_for:
+            self._clear_cached_op()  # a graph has a mask or has none, and is for 16 bits or not
+            self._masks, self._traced_for = mask is not None, x.dtype
         if mask is None:
             return super().forward(x)
         self._check_input(x)
         self._check_mask(x, mask)
-        if x.dtype != self._traced_for:
-            self._clear_cached_op()
-            self._traced_for = x.dtype
         return HybridBlock.forward(self, x, mask)
 
     def _check_mask(self, x: Array, mask: Array) -> None:
@@ -116,10 +113,7 @@ class MaskedBatchNorm(ScratchBatchNorm):
 
     def infer_shape(self, x: Array, *mask: Array) -> None:
         """Take the number of channels from an input."""
-        if is_symbol(x):
-            HybridBlock.infer_shape(self, x, *mask)
-        else:
-            super().infer_shape(x)
+        super().infer_shape(x)
 
     def hybrid_forward(self, F: Any, x: Array, *mask: Array, **parameters: Array) -> Array:
         """Normalize a batch; see :meth:`forward`."""
