@@ -152,7 +152,8 @@ def _imported(block: Any, x: Any, kind: str) -> Any:
             block.hybridize()
             block(x)
             block.export(f"{folder}/net")
-            symbol = write_inference_symbol(symbol)
+            shapes = {"data": x.shape}  # a norm that comes first has no other rank
+            symbol = write_inference_symbol(symbol, shapes=shapes, verify=False)
         return SymbolBlock.imports(symbol, ["data"], f"{folder}/net-0000.params")
 
 
