@@ -32,6 +32,7 @@ _ROOMS = {
     "use_backend": "backends",
     "set_inference_graph": "backends",
     "use_inference_graph": "backends",
+    "describe": "description",
     "DeviceError": "environment.device",
     "resolve_device": "environment.device",
 }

@@ -197,6 +197,11 @@ def regroup(flat: list[Any], structure: Any) -> Any:
 # --- the graph that runs a hybridized block -----------------------------------------------------
 
 
+def is_hybridized(block: Any) -> bool:
+    """Tell whether a block runs as a graph."""
+    return isinstance(block, HybridBlock) and (block._active or isinstance(block, SymbolBlock))
+
+
 def runs_own_graph(block: Any) -> bool:
     """Tell whether a block runs as a graph that no backend of MXNet has rewritten."""
     return (block._active or isinstance(block, SymbolBlock)) and not block._backend

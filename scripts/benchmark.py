@@ -39,7 +39,7 @@ Time nets with our layer, with nn.BatchNorm and with none, side by side.
 Every entry of a net is built in the same process from the same parameters; then all take turns in
 random order, round after round. What counts is the ratio of medians to nn.BatchNorm, with a
 bootstrap 95% interval that is paired by round. The entry `control` is nn.BatchNorm once more: how
-far it is from 1 is how far to trust the rest."""
+far it is from 1 is how far to trust the rest. Wall time and process time are both taken."""
 
 _EPILOG = """\
 entries
@@ -51,6 +51,7 @@ entries
   portable        scratchbn from stock operators
   native          scratchbn's compiled kernel, where it is built
   auto            scratchbn as it comes
+  file            what write_inference_symbol writes, imported, in the work `inference`
   builtin-folded  nn.BatchNorm through export_inference, in the work `folded`
   folded          scratchbn through export_inference, in the work `folded`
 

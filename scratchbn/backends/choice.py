@@ -1,18 +1,26 @@
-"""Which way a layer computes. A hybridized net keeps what was chosen when it was traced."""
+"""Which way a layer computes: all that decides it.
+
+A hybridized net keeps what was chosen when it was traced; a call of it that only infers may run
+another graph, layer by layer.
+"""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
+from typing import Any
 
 import mxnet as mx
 
 from .. import native as kernel
 from .._graph import trace
 from .._graph.arrays import Array, is_symbol
-from ..native import BackendError, cuda
+from ..native import OPERATOR, BackendError, cuda
+from .inference.calls import Call
+from .inference.factors import Fact
+from .inference.switch import inference_graph
 from .marker import describe, marker, marking
 from .native import native
 from .portable import portable
@@ -21,6 +29,9 @@ from .way import Layer, Way
 BACKENDS = ("auto", "portable", "native")
 _CPU = {"cpu", "cpu_pinned", "cpu_shared"}
 _ANY = {*_CPU, "gpu"}
+_HAS_GPUS = mx.runtime.Features().is_enabled("CUDA")
+
+Kinds = tuple[tuple[int, Any], ...]
 
 _chosen: str | None = None
 _here = threading.local()
@@ -35,6 +46,52 @@ def choose(layer: Layer, x: Array) -> Way:
     if layer.is_stock and is_native(trace.devices_of(x), purpose):
         return native
     return portable
+
+
+def infers_apart(data: Sequence[Array]) -> Kinds | None:
+    """Return the rank and type of each input if a call that infers may run a graph of its own.
+
+    It is part of each call of a net, so it asks MXNet for nothing twice.
+    """
+    if get_backend() != "auto" or not inference_graph():
+        return None
+    kinds = []
+    for array in data:
+        shape = array.shape
+        if 0 in shape or (_HAS_GPUS and array.context.device_type == "gpu"):
+            return None
+        kinds.append((len(shape), array.dtype))
+    return tuple(kinds)
+
+
+def why_kept(call: Call, fact: Fact) -> str | None:
+    """Return why a layer keeps its operators where the net only infers; None if it gains.
+
+    MXNet reorders what it hands to the compiled operator where the data is in the layout of
+    oneDNN's convolutions, which a number of channels has that 8 divides. Elsewhere that operator
+    is the fastest.
+    """
+    rank, channels = fact.rank or 0, fact.channels or 0
+    if call.axis % rank != 1:
+        return "its channels are not second"
+    if call.output.node.inputs[0].node.op != OPERATOR:
+        return None
+    if rank != 4:
+        return f"the kernel is faster on {rank} axes"
+    return f"the kernel is faster on {channels} channels" if channels % 8 else None
+
+
+def why_portable(is_stock: bool, devices: Set[mx.Context]) -> str | None:
+    """Return why a layer of today's choice does not run by the kernel; None if it does."""
+    if not is_stock:
+        return "it overrides how it computes"
+    if get_backend() == "portable":
+        return "the backend portable was chosen"
+    if is_native(devices, "execute"):
+        return None
+    if any(device.device_type == "gpu" for device in devices) and kernel.available():
+        return str(cuda.facts()["problem"] or "the kernel cannot be had for its devices")
+    return str(kernel.facts()["problem"] or "the kernel cannot be had for its devices")
 
 
 def is_native(devices: Set[mx.Context], purpose: str) -> bool:

@@ -162,7 +162,7 @@ def _inference_symbol(symbol: Any, values: Mapping[str, Any], shapes: Shapes) ->
     more = {node.name for node in with_more_outputs(Graph(symbol))}
     finds = (described, partial(_builtin, more=more))
     measure = partial(_facts, values=values, shapes=shapes)
-    graph = rewrite(symbol, finds, measure, lambda call, fact: True)
+    graph = rewrite(symbol, finds, measure).graph
     if graph is None:
         return symbol
     for name, node in graph.variables().items():

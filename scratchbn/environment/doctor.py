@@ -34,6 +34,7 @@ _VERDICTS = {
     False: "the wheel has no code for it",
     None: "not known whether this mxnet has code for it",
 }
+_NO_BACKEND = {"chosen": "unknown", "problem": None, "inference_graph": "unknown"}
 
 
 def doctor_facts() -> dict[str, Any]:
@@ -56,7 +57,7 @@ def doctor_facts() -> dict[str, Any]:
         "device": device,
         "packages": {name: version(name) for name in OPTIONAL_PACKAGES},
         "data": _data_facts(),
-        "backend": _backend_facts(backend or {"chosen": "unknown", "problem": None}, mxnet),
+        "backend": _backend_facts(backend or _NO_BACKEND, mxnet),
         "advice": _advice(mxnet, device, driver),
     }
 
@@ -118,9 +119,26 @@ def _backend_facts(backend: dict[str, Any], mxnet: dict[str, Any]) -> dict[str, 
     return {
         "chosen": backend["chosen"],
         "auto": "portable" if problem else "native",
+        "auto_means": _auto_means(problem is None, backend["inference_graph"]),
         **kernel,
         "problem": problem,
         "gpu": {"auto": "portable" if on_gpu["problem"] else "native", **on_gpu},
+    }
+
+
+def _auto_means(kernel: bool, inference_graph: str) -> dict[str, str]:
+    """Say in a line each what 'auto' runs on a CPU, with a kernel and without."""
+    training = "the kernel, with the ReLU behind it" if kernel else "one graph for both modes"
+    apart = "a graph of its own: convolutions in place of norms"
+    one = {"on": "", "off": "switched off"}.get(inference_graph, inference_graph)
+    if kernel:
+        apart += ", the kernel where it is faster"
+    return {
+        "training": f"hybridized: {training}",
+        "inference": f"hybridized: the graph of training ({one})"
+        if one
+        else f"hybridized: {apart}",
+        "eager": "the kernel" if kernel else "stock operators, one by one",
     }
 
 
@@ -168,6 +186,7 @@ def _sections(facts: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
         "Backend": {
             "chosen": backend["chosen"],
             "auto on a CPU": backend["auto"],
+            **{f"  {where}": meaning for where, meaning in backend["auto_means"].items()},
             "auto on a GPU": _reasoned(backend["gpu"]["auto"], backend["gpu"]["problem"]),
             "kernel": backend["problem"] or backend["library"],
             **{

@@ -65,12 +65,19 @@ def mxnet_facts() -> dict[str, Any]:
 
 def _backend() -> dict[str, str | None]:
     """Return the backend that is chosen; only here, because its room may import mxnet."""
-    from .. import get_backend
+    from ..backends import get_backend, inference_graph
 
+    found: dict[str, str | None] = {"chosen": "unknown", "problem": None, "inference_graph": "on"}
     try:
-        return {"chosen": get_backend(), "problem": None}
+        found["chosen"] = get_backend()
     except ValueError as error:
-        return {"chosen": "unknown", "problem": str(error)}
+        found["problem"] = str(error)
+    try:
+        if not inference_graph():
+            found["inference_graph"] = "off"
+    except ValueError as error:
+        found["inference_graph"] = str(error)
+    return found
 
 
 def _broken(error: str, advice: str | None = None) -> dict[str, Any]:

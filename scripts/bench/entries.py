@@ -60,14 +60,14 @@ def _no_norm(**_options: Any) -> Any:
 class Entry:
     """A way to normalize: what makes the layer, a legend, and where and how it takes part.
 
-    A net is traced in scratchbn's `backend`; an `exported` one runs as ``export_inference`` writes
-    it.
+    A net is traced in scratchbn's `backend`; one that names a `file` runs as it is written there:
+    'folded' by ``export_inference``, 'shared' by ``write_inference_symbol``.
     """
 
     norm: Callable[..., Any]
     about: str
     backend: str | None = None
-    exported: bool = False
+    file: str = ""
     works: tuple[str, ...] = ("train", "inference")
 
 
@@ -79,14 +79,21 @@ ENTRIES = {
     "portable": Entry(ScratchBatchNorm, "scratchbn from stock operators", "portable"),
     "native": Entry(ScratchBatchNorm, "scratchbn's compiled kernel", "native"),
     "auto": Entry(ScratchBatchNorm, "scratchbn as it comes", "auto"),
+    "file": Entry(
+        ScratchBatchNorm,
+        "what `write_inference_symbol` writes, imported",
+        "portable",
+        file="shared",
+        works=("inference",),
+    ),
     "builtin-folded": Entry(
-        nn.BatchNorm, "`nn.BatchNorm` through `export_inference`", exported=True, works=("folded",)
+        nn.BatchNorm, "`nn.BatchNorm` through `export_inference`", file="folded", works=("folded",)
     ),
     "folded": Entry(
         ScratchBatchNorm,
         "scratchbn through `export_inference`",
         "portable",
-        exported=True,
+        file="folded",
         works=("folded",),
     ),
 }

@@ -23,6 +23,7 @@ STYLES = {
     "portable": ("#1f77b4", "s"),
     "native": ("#d62728", "^"),
     "auto": ("#2ca02c", "P"),
+    "file": ("#bcbd22", "h"),
     "builtin-folded": ("#9467bd", "X"),
     "folded": ("#17becf", "*"),
     "torch": ("#ff7f0e", "<"),

@@ -33,6 +33,7 @@ class Group:
     layer: bool
     steps: dict[str, int] = field(default_factory=dict)  # in a sample
     samples: dict[str, list[float]] = field(default_factory=dict)  # seconds per step, by round
+    process: dict[str, list[float]] = field(default_factory=dict)  # the same, of process time
     # How far the output is from the built-in's, relative to its largest.
     differences: dict[str, float] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)  # why there are no samples
@@ -78,7 +79,9 @@ def measure_group(
             samplers[name] = torch.sample
         except TorchError as error:
             group.problems[name] = str(error)
-    group.steps, group.samples = take_samples(samplers, effort, title)
+    group.steps, taken = take_samples(samplers, effort, title)
+    group.samples = {name: [seconds.wall for seconds in times] for name, times in taken.items()}
+    group.process = {name: [s.process for s in times] for name, times in taken.items()}
     return group
 
 

@@ -63,4 +63,4 @@ def operator_times(net: Net, work: str, entry: str) -> tuple[list[OperatorTime],
         OperatorTime(name, time["Count"] / _STEPS, time["Total"] / _STEPS)
         for name, time in found["Time"]["operator"].items()
     ]
-    return sorted(times, key=lambda time: -time.ms), 1000 * seconds / _STEPS
+    return sorted(times, key=lambda time: -time.ms), 1000 * seconds.wall / _STEPS

@@ -22,7 +22,8 @@ _METHOD = """\
 Ratios of medians to the net with `nn.BatchNorm`, with bootstrap 95% intervals, paired by round; all
 entries of a net are alive together and run in another random order every round. Training is
 forward, loss, backward and a step of SGD with learning rate 0, for single layers forward and
-backward. Nets are hybridized with `static_alloc` and `static_shape`."""
+backward. Nets are hybridized with `static_alloc` and `static_shape`. Wall time is what passes on
+the clock, process time what all cores compute for it, which other programs disturb less."""
 
 _FLOOR = """\
 In multiples of the memory floor: {passes} passes of the tensor at the bandwidth of a copy of the
@@ -40,19 +41,27 @@ class Timing:
     ms: float
     ratio: Interval | None
     floor: Interval | None
+    process_ms: float
+    process_ratio: Interval | None
 
 
 def summarize(group: Group) -> dict[str, Timing]:
     """Return the timing of each entry that was measured, a copy included."""
     timings = {}
     for name, times in group.samples.items():
-        ratio = floor = None
+        process = group.process[name]
+        ratio = floor = process_ratio = None
         if REFERENCE in group.samples:
             ratio = ratio_of_medians(times, group.samples[REFERENCE])
+            process_ratio = ratio_of_medians(process, group.process[REFERENCE])
         if COPY in group.samples and name != COPY:
             floor = floor_multiple(group.work, times, group.samples[COPY])
-        timings[name] = Timing(1000 * float(np.median(times)), ratio, floor)
+        timings[name] = Timing(_ms(times), ratio, floor, _ms(process), process_ratio)
     return timings
+
+
+def _ms(times: Sequence[float]) -> float:
+    return 1000 * float(np.median(times))
 
 
 def columns(groups: Iterable[Group]) -> list[str]:
@@ -111,17 +120,23 @@ class Report:
         return "\n\n".join(parts) + "\n"
 
 
-def _cells(group: Group, names: Iterable[str]) -> list[str]:
+def _timed_rows(group: Group, names: Sequence[str], *about: str) -> list[list[str]]:
+    """Return two rows, of wall time and of process time."""
     timings = summarize(group)
-    return [_cell(name, timings.get(name), name in group.problems) for name in names]
+    walls, processes = [], []
+    for name in names:
+        timing = timings.get(name)
+        if timing is None:
+            walls.append("fails" if name in group.problems else "")
+            processes.append("")
+        else:
+            walls.append(_cell(name, timing.ms, timing.ratio))
+            processes.append(_cell(name, timing.process_ms, timing.process_ratio))
+    return [[*about, "wall", *walls], [*("",) * len(about), "process", *processes]]
 
 
-def _cell(name: str, timing: Timing | None, fails: bool) -> str:
-    if timing is None:
-        return "fails" if fails else ""
-    if name == REFERENCE or timing.ratio is None:
-        return f"{timing.ms:.3g} ms"
-    return str(timing.ratio)
+def _cell(name: str, ms: float, ratio: Interval | None) -> str:
+    return f"{ms:.3g} ms" if name == REFERENCE or ratio is None else str(ratio)
 
 
 def _data(group: Group) -> str:
@@ -134,14 +149,14 @@ def _mib(group: Group) -> str:
 
 def _net_table(groups: Sequence[Group]) -> str:
     names = columns(groups)
-    rows = [(g.net, _data(g), *_cells(g, names)) for g in groups]
-    return table(("net", "data", *names), rows, markdown=True)
+    rows = [row for g in groups for row in _timed_rows(g, names, g.net, _data(g))]
+    return table(("net", "data", "time", *names), rows, markdown=True)
 
 
 def _layer_table(groups: Sequence[Group]) -> str:
     names = columns(groups)
-    rows = [(g.net, _data(g), _mib(g), *_cells(g, names)) for g in groups]
-    return table(("layer", "data", "MiB", *names), rows, markdown=True)
+    rows = [row for g in groups for row in _timed_rows(g, names, g.net, _data(g), _mib(g))]
+    return table(("layer", "data", "MiB", "time", *names), rows, markdown=True)
 
 
 def _floor_table(groups: Sequence[Group]) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from .runner import Sampler
+from .runner import Sampler, Seconds
 
 _LEAST_ROUNDS, _MOST_ROUNDS = 5, 200
 
@@ -27,21 +27,21 @@ class Effort:
 
 def take_samples(
     samplers: Mapping[str, Sampler], effort: Effort, title: str = ""
-) -> tuple[dict[str, int], dict[str, list[float]]]:
+) -> tuple[dict[str, int], dict[str, list[Seconds]]]:
     """Time samplers in turn; return the steps in a sample of each, and seconds per step by round.
 
     A sample has as many steps as take ``effort.sample_seconds``.
     """
     if not samplers:
         return {}, {}
-    first = {name: min(sampler(1) for _ in range(2)) for name, sampler in samplers.items()}
+    first = {name: min(sampler(1).wall for _ in range(2)) for name, sampler in samplers.items()}
     steps = {name: math.ceil(effort.sample_seconds / once) for name, once in first.items()}
     # What ran before leaves caches and threads in some state: a step between, unless it is long.
     between = {name: 1 if count > 1 else 0 for name, count in steps.items()}
     round_seconds = sum(once * (steps[name] + between[name]) for name, once in first.items())
     fitting = round(effort.seconds / round_seconds)
     rounds = effort.rounds or min(max(fitting, _LEAST_ROUNDS), _MOST_ROUNDS)
-    samples: dict[str, list[float]] = {name: [] for name in samplers}
+    samples: dict[str, list[Seconds]] = {name: [] for name in samplers}
     rng = np.random.default_rng(0)
     names = list(samplers)
     bar = tqdm(total=rounds, desc=title, unit="round", leave=False, disable=None)
@@ -51,7 +51,8 @@ def take_samples(
                 name = names[i]
                 if between[name]:
                     samplers[name](between[name])
-                samples[name].append(samplers[name](steps[name]) / steps[name])
+                together = samplers[name](steps[name])
+                samples[name].append(Seconds(*(t / steps[name] for t in together)))
             bar.update()
     return steps, samples
 

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .runner import Seconds
+
 # Threads of either side spin for a while after their work; the other side would pay for it.
 _REST = 0.05  # seconds
 _WORKER = Path(__file__).with_name("torch_worker.py")
@@ -62,12 +64,12 @@ class TorchWorker:
         if parameters not in (None, count):
             raise TorchError(f"{net} trains {count} numbers in PyTorch, {parameters} in MXNet")
 
-    def sample(self, steps: int) -> float:
-        """Return the seconds that `steps` steps take together."""
+    def sample(self, steps: int) -> Seconds:
+        """Return the seconds that `steps` steps take together; process time is the worker's."""
         time.sleep(_REST)
-        seconds = float(self._ask(do="run", steps=steps)["seconds"])
+        answer = self._ask(do="run", steps=steps)
         time.sleep(_REST)
-        return seconds
+        return Seconds(float(answer["seconds"]), float(answer["process"]))
 
     def _ask(self, **request: Any) -> dict[str, Any]:
         if self._process.stdin is not None:

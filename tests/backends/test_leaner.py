@@ -120,6 +120,44 @@ def test_a_graph_without_the_operator_stays():
     assert leaner(mx.sym.relu(mx.sym.Convolution(x, kernel=(1, 1), num_filter=2))) is None
 
 
+class Dense(HybridBlock):
+    """Products, with a norm between them that is called twice."""
+
+    def __init__(self, **options):
+        super().__init__()
+        with self.name_scope():
+            self.first, self.second = nn.Dense(6), nn.Dense(6)
+            self.norm = ScratchBatchNorm(**options)
+
+    def hybrid_forward(self, F, x):
+        y = F.Activation(self.norm(self.first(x)), act_type="relu")
+        return self.norm(self.second(y)) + y
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": None}, {"use_global_stats": True}])
+@pytest.mark.parametrize("static", [True, False])
+def test_in_a_graph_that_only_infers_it_asks_for_no_mode(rng, options, static):
+    net = Dense(**options)
+    net.initialize(mx.init.Normal(0.5))
+    net.hybridize(static_alloc=static, static_shape=static)
+    x = mx.nd.array(rng.normal(size=(4, 5)))
+    with autograd.train_mode():
+        for _ in range(3):
+            net(x)
+    mx.nd.waitall()
+    before = {name: p.data().asnumpy() for name, p in net.collect_params().items()}
+    with scratchbn.use_inference_graph(False):
+        expected = net(x).asnumpy()
+    np.testing.assert_allclose(net(x).asnumpy(), expected, rtol=1e-5, atol=1e-6)
+    (second,) = net._cached_op._seconds.values()
+    operators = [n["op"] for n in json.loads(second.symbol.tojson())["nodes"] if n["op"] != "null"]
+    kernel, product = OPERATOR, "FullyConnected"
+    assert sorted(operators) == sorted([product, "_ones", kernel, product, kernel, "elemwise_add"])
+    assert [n["attrs"]["relu"] for n in kernels(second.symbol)] == ["Activation", "False"]
+    for name, p in net.collect_params().items():
+        np.testing.assert_array_equal(p.data().asnumpy(), before[name], err_msg=name)
+
+
 def test_the_inference_graph_computes_nothing_by_the_operator_that_it_replaced(rng):
     net = nn.HybridSequential()
     net.add(nn.Conv2D(8, 3), ScratchBatchNorm(), nn.Activation("relu"))

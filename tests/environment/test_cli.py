@@ -53,6 +53,7 @@ FACTS = {
     "backend": {
         "chosen": "auto",
         "auto": "portable",
+        "auto_means": {"inference": "hybridized: a graph of its own"},
         "library": None,
         "compiler": None,
         "problem": "the kernel has not been built: run this",
@@ -78,6 +79,7 @@ SHOWN = [
     "8.9.6.50",
     "gpu(0): GPU 0 ran a kernel",
     "the kernel has not been built: run this",
+    "hybridized: a graph of its own",
     "none found",
     "not installed",
     "in [red]mlxtend[/red]",

@@ -579,11 +579,24 @@ def pretend_probe(monkeypatch, **changes):
         "path": "/somewhere/mxnet",
         "features": {"CUDA": True},
         "device": {"auto": "cpu(0)", "because": "the card is busy"},
-        "backend": {"chosen": "auto", "problem": None},
+        "backend": {"chosen": "auto", "problem": None, "inference_graph": "on"},
         "error": None,
         "help": None,
     }
     monkeypatch.setattr(doctor, "probe_mxnet", lambda: facts | changes)
+
+
+@pytest.mark.parametrize("switched, said", [("on", "graph of its own"), ("off", "switched off")])
+@pytest.mark.parametrize("problem", [None, "not built"])
+def test_facts_tell_what_auto_means(monkeypatch, switched, said, problem):
+    machine(monkeypatch, driver=Driver(None, (), "no driver"))
+    backend = {"chosen": "auto", "problem": problem, "inference_graph": switched}
+    pretend_probe(monkeypatch, backend=backend)
+    kernel = {"library": None, "compiler": None, "problem": None}
+    monkeypatch.setattr(doctor.native, "facts", lambda: kernel)
+    means = doctor.doctor_facts()["backend"]["auto_means"]
+    assert said in means["inference"]
+    assert ["kernel" in means[where] for where in ("training", "eager")] == [problem is None] * 2
 
 
 def test_facts_tell_which_gpus_the_wheel_can_run(monkeypatch):

@@ -24,14 +24,14 @@ from bench.memory import measure_memory
 from bench.nets import LAYOUTS, NETS, single_layer
 from bench.report import Report, summarize
 from bench.rounds import Effort, take_samples
-from bench.runner import Data, build_runner
+from bench.runner import Data, Seconds, build_runner
 from bench.torch_client import TorchError, TorchWorker
 from helpers import REPOSITORY, last_json
 from mxnet import autograd
 from mxnet.gluon import nn
 
 SCRIPT = REPOSITORY / "scripts" / "benchmark.py"
-FEW = ["control", "none", "textbook", "portable", "builtin-folded", "folded"]
+FEW = ["control", "none", "textbook", "portable", "file", "builtin-folded", "folded"]
 
 
 # --- arithmetic ---------------------------------------------------------------------------------
@@ -151,15 +151,15 @@ def test_every_sampler_runs_once_a_round_in_an_order_that_changes():
     def sampler(name, seconds):
         def run(steps):
             called.append((name, steps))
-            return seconds * steps
+            return Seconds(seconds * steps, 2 * seconds * steps)
 
         return run
 
     samplers = {"slow": sampler("slow", 0.5), "fast": sampler("fast", 0.03)}
     steps, samples = take_samples(samplers, Effort(1, 12, 0.1))
     assert steps == {"slow": 1, "fast": 4}  # as many as fill 0.1 s
-    np.testing.assert_allclose(samples["slow"], [0.5] * 12)
-    np.testing.assert_allclose(samples["fast"], [0.03] * 12)
+    np.testing.assert_allclose(samples["slow"], [(0.5, 1.0)] * 12)
+    np.testing.assert_allclose(samples["fast"], [(0.03, 0.06)] * 12)
     timed = [call for call in called[4:] if call != ("fast", 1)]  # one step before, not counted
     assert called[4:].count(("fast", 1)) == 12
     pairs = {tuple(timed[i : i + 2]) for i in range(0, len(timed), 2)}
@@ -169,7 +169,7 @@ def test_every_sampler_runs_once_a_round_in_an_order_that_changes():
 @pytest.mark.parametrize("once, rounds", [(0.1, 20), (100.0, 5), (1e-4, 200)])
 def test_rounds_fill_the_seconds_within_bounds(once, rounds):
     effort = Effort(seconds=2.0, rounds=None, sample_seconds=1e-4)
-    _, samples = take_samples({"one": lambda steps: once * steps}, effort)
+    _, samples = take_samples({"one": lambda steps: Seconds(once * steps, 1.0)}, effort)
     assert len(samples["one"]) == rounds
 
 
@@ -315,20 +315,26 @@ def test_the_samples_are_all_there(finished):
     assert report["machine"]["cores"] >= 1
     groups = {(group["net"], group["work"]): group for group in report["groups"]}
     layer = {"builtin", "control", "textbook", "portable", "copy"}
+    inference = {"builtin", "control", "none", "textbook", "portable", "file"}
     live = {"builtin", "control", "none", "textbook", "portable"}
     assert {key: set(group["samples"]) for key, group in groups.items()} == {
         ("lenet", "train"): live,
-        ("lenet", "inference"): live,
+        ("lenet", "inference"): inference,
         ("lenet", "folded"): {"builtin", "control", "none", "builtin-folded", "folded"},
         ("layer_2d", "train"): layer,
-        ("layer_2d", "inference"): layer,
+        ("layer_2d", "inference"): layer | {"file"},
     }
     for group in groups.values():
         assert group["problems"] == {}
         for name, times in group["samples"].items():
             assert len(times) == 2
-            assert min(times) > 0
+            process = group["process"][name]
+            assert len(process) == 2
+            assert min(times) > 0 < min(process)
             row, reference = group["rows"][name], group["samples"]["builtin"]
+            assert row["process_ms"] == pytest.approx(1000 * np.median(process))
+            of_process = np.median(process) / np.median(group["process"]["builtin"])
+            assert row["process_ratio"][0] == pytest.approx(of_process)
             assert row["ms"] == pytest.approx(1000 * np.median(times))
             assert row["ratio"][0] == pytest.approx(np.median(times) / np.median(reference))
             assert row["ratio"][1] <= row["ratio"][0] <= row["ratio"][2]
@@ -347,11 +353,12 @@ def test_the_tables_say_what_the_samples_do(finished):
         for name, row in group["rows"].items():
             if name not in ("builtin", "copy"):
                 assert str(stats.Interval(*row["ratio"])) in text
+                assert str(stats.Interval(*row["process_ratio"])) in text
     assert "8 passes of the tensor" in text
     widths = {
         line.count("|") for line in text.split("## Inference\n")[1].split("##")[0].split("\n")
     }
-    assert widths == {0, 8}
+    assert widths == {0, 10}
 
 
 def test_memory_of_a_process():
@@ -486,7 +493,7 @@ print(json.dumps(dict(version="9.9", threads=2)), flush=True)
 for line in sys.stdin:
     asked = json.loads(line)
     if asked["do"] == "run":
-        answer = dict(seconds=0.25 * asked["steps"])
+        answer = dict(seconds=0.25 * asked["steps"], process=0.5 * asked["steps"])
     elif asked["net"] == "mlp":
         answer = dict(parameters=671754)
     elif asked["net"] == "lenet":
@@ -510,7 +517,7 @@ def test_the_worker_is_asked_for_samples(stand_in):
     with TorchWorker(stand_in) as worker:
         assert (worker.version, worker.threads) == ("9.9", 2)
         worker.build("mlp", "train", (2, 784), 671754)
-        assert worker.sample(4) == 1.0
+        assert worker.sample(4) == (1.0, 2.0)
         with pytest.raises(TorchError, match="mlp trains 671754 numbers in PyTorch, 5 in"):
             worker.build("mlp", "train", (2, 784), 5)
         with pytest.raises(TorchError, match="RuntimeError: no"):
@@ -533,7 +540,7 @@ def test_torch_takes_part_in_the_rounds(stand_in, tmp_path):
     assert benchmark.main([*arguments, *against, "--entries", "control", "--out", str(out)]) == 0
     report = json.loads((out / "benchmark.json").read_text())
     mlp, lenet = report["groups"]
-    assert mlp["samples"]["torch"] == [0.25]
+    assert (mlp["samples"]["torch"], mlp["process"]["torch"]) == ([0.25], [0.5])
     assert report["versions"]["torch"] == "9.9"
     assert lenet["problems"] == {"torch": "RuntimeError: no"}
     assert "lenet, train: torch fails: RuntimeError: no" in report["notes"]

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, Optional
 
 from ..._graph.nodes import Graph, Node, Output
 from .calls import Call, Find, calls_in, collapse
 from .factors import Fact, Vectors, vectors
 
 Measure = Callable[[Graph, list[Call]], list[Fact]]
-Wanted = Callable[[Call, Fact], bool]
+WhyKept = Callable[[Call, Fact], Optional[str]]
 
 
-def rewrite(symbol: Any, finds: Sequence[Find], measure: Measure, wanted: Wanted) -> Graph | None:
-    """Return the inference graph of a symbol; None if no call in it can be rewritten.
+class Rewritten(NamedTuple):
+    """A graph of inference; None if no call was rewritten.
+
+    `became` says of each call, by the name of its running mean and in the order of the calls, what
+    it became, or None and why it keeps the graph it has.
+    """
+
+    graph: Graph | None
+    became: list[tuple[str, str | None, str]]
+
+
+def rewrite(
+    symbol: Any, finds: Sequence[Find], measure: Measure, why_kept: WhyKept = lambda *_: None
+) -> Rewritten:
+    """Return the inference graph of a symbol.
 
     Parameters
     ----------
@@ -25,30 +38,41 @@ def rewrite(symbol: Any, finds: Sequence[Find], measure: Measure, wanted: Wanted
         What finds calls in it.
     measure : Measure
         Returns what is known of the inputs of the calls.
-    wanted : Wanted
-        Tells whether a call is to be rewritten; the others keep the graph they have.
+    why_kept : WhyKept
+        Tells why a call keeps the graph it has; None for one that is to be rewritten.
     """
-    kept: set[int] = set()
+    kept: dict[int, tuple[str, str | None, str]] = {}
     while True:  # a second time if some keep their graph: it is lost once the calls are collapsed
         graph = Graph(symbol, amp_casts=True)
         calls = {i: c for i, c in enumerate(calls_in(graph, finds)) if i not in kept}
         if not calls:
-            return None
+            return Rewritten(None, [kept[i] for i in sorted(kept)])
         collapse(graph, list(calls.values()))
         facts = dict(zip(calls, measure(graph, list(calls.values()))))
-        unwanted = {i for i, call in calls.items() if not _possible(facts[i])}
-        unwanted |= {i for i in calls.keys() - unwanted if not wanted(calls[i], facts[i])}
+        reasons = {i: _obstacle(facts[i]) or why_kept(call, facts[i]) for i, call in calls.items()}
+        unwanted = {i: (_mean_of(calls[i]), None, why) for i, why in reasons.items() if why}
         if not unwanted:
             break
         kept |= unwanted
+    written = {
+        i: (_mean_of(call), "convolution" if _as_convolution(call, facts[i]) else "affine", "")
+        for i, call in calls.items()
+    }
     _write(graph, list(calls.values()), list(facts.values()))
-    return graph
+    return Rewritten(graph, [both[i] for both in [kept | written] for i in sorted(both)])
 
 
-def _possible(fact: Fact) -> bool:
-    """Tell whether enough is known of an input, and MXNet has the operators for it."""
-    known = fact.dtype is None or fact.dtype.name in ("float32", "float64")
-    return fact.rank is not None and known
+def _mean_of(call: Call) -> str:
+    return call.parameters[2].node.name
+
+
+def _obstacle(fact: Fact) -> str | None:
+    """Return what is not known of an input, or which type MXNet lacks operators for."""
+    if fact.rank is None:
+        return "the rank of its input is not known"
+    if fact.dtype is not None and fact.dtype.name not in ("float32", "float64"):
+        return f"no convolution for {fact.dtype.name}"
+    return None
 
 
 def _write(graph: Graph, calls: list[Call], facts: list[Fact]) -> None:

@@ -81,9 +81,11 @@ def inference_graph() -> bool:
     ValueError
         If the environment variable SCRATCHBN_INFERENCE_GRAPH is neither 0 nor 1.
     """
-    for chosen in (getattr(_here, "chosen", None), _chosen):
-        if chosen is not None:
-            return bool(chosen)
+    chosen = getattr(_here, "chosen", None)
+    if chosen is None:
+        chosen = _chosen
+    if chosen is not None:
+        return bool(chosen)
     text = os.environ.get("SCRATCHBN_INFERENCE_GRAPH", "")
     if text not in _VALUES:
         raise ValueError(f"SCRATCHBN_INFERENCE_GRAPH must be 0 or 1, got {text!r}")

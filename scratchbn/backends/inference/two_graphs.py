@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import mxnet as mx
 import numpy as np
@@ -13,23 +13,33 @@ from mxnet import autograd
 
 from ..._graph.nodes import Graph
 from ...native import OPERATOR
-from ..choice import get_backend
-from ..leaner import leaner
+from ..choice import Kinds, get_backend, infers_apart, why_kept
+from ..leaner import infer_only, leaner
 from ..marker import KEY
+from ..traced import Traced
 from .calls import Call, compiled, described
 from .factors import Fact
 from .rewrite import rewrite
-from .switch import inference_graph
 
 Array = Any
-# An inference graph, and which inputs of the other graph it takes.
-Second = tuple[Any, list[int]]
 
 
-class TwoGraphs:
-    """Stands in the place of a block's CachedOp, which it calls, or a second one in inference.
+class Second(NamedTuple):
+    """What runs an inference graph, which inputs of the other graph it takes, and the graph."""
 
-    It is a CachedOp by duck typing. It lives as long as the graph that the block was traced to,
+    op: Any
+    used: list[int]
+    symbol: Any
+
+    def __call__(self, arrays: Sequence[Array]) -> Any:
+        """Run it on the inputs of the other graph."""
+        return self.op(*(arrays[i] for i in self.used))
+
+
+class TwoGraphs(Traced):
+    """Stands in the place of a block's CachedOp, and calls a second one in inference.
+
+    It lives as long as the graph that the block was traced to,
     and is handed the data and the Parameters with each call, on whatever device; so there is
     nothing to be told when they change. The second graph is built when it is first needed, for
     each rank and type of the inputs.
@@ -49,17 +59,21 @@ class TwoGraphs:
     def __init__(
         self, own: Any, symbol: Any, is_data: Sequence[bool], flags: Sequence[tuple[str, Any]]
     ) -> None:
-        self._own = own
+        super().__init__(own, symbol)
         self._symbol = symbol
         self._data = [i for i, data in enumerate(is_data) if data]
         self._flags = list(flags)
         lean = leaner(symbol)
+        if lean is not None:
+            self.trains = lean
         # What trains, unless a hook watches: then each node is to be seen.
         self._lean = own if lean is None else self._runner(lean, range(len(is_data)))
         # MXNet lets a static_shape graph write running statistics without telling the engine.
         self._unordered = bool(dict(flags).get("static_shape"))
         self._lock = threading.Lock()
-        self._seconds: dict[Any, Second | None] = {}
+        self._seconds: dict[Kinds, Second | None] = {}
+        # What the calls in the graph became for each, as `Rewritten` says it.
+        self._became: dict[Kinds, list[tuple[str, str | None, str]]] = {}
         self._observed = False
         self._latest: Any = None
 
@@ -67,55 +81,54 @@ class TwoGraphs:
         """Run the graph that the mode asks for."""
         observed, self._observed = self._observed, False
         first = self._own if observed else self._lean
-        if observed or options or not self._infers(arrays):
+        kinds = None if observed or options else self._infers(arrays)
+        if kinds is None:
             self._wait_for_others(first)
             return first(*arrays, **options)
         try:
-            second = self._second(arrays)
+            second = self._second(kinds, arrays)
             self._wait_for_others(first if second is None else second)
             if second is not None:
-                return _run(second, arrays)
+                return second(arrays)
         except mx.MXNetError as error:
             try:
                 results = first(*arrays)
             except mx.MXNetError:
                 raise error from None  # it is the inputs that are wrong
-            self._seconds[self._key(arrays)] = None
+            self._seconds[kinds] = None
             return results
         return first(*arrays)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._own, name)
 
     def _register_op_hook(self, callback: Any, monitor_all: bool = False) -> None:
         """Let a hook see the block's own graph: Gluon calls this before each call."""
         self._observed = True
         self._own._register_op_hook(callback, monitor_all)
 
-    def _infers(self, arrays: Sequence[Array]) -> bool:
-        """Tell whether a call is one of inference for which there may be a second graph."""
+    def _infers(self, arrays: Sequence[Array]) -> Kinds | None:
+        """Return what the second graph of a call is known by; None if there can be none for it."""
         if autograd.is_recording() or autograd.is_training():
-            return False
-        if get_backend() != "auto" or not inference_graph():
-            return False
-        data = [arrays[i] for i in self._data]
-        return not any(a.context.device_type == "gpu" or not a.size for a in data)
+            return None
+        return infers_apart([arrays[i] for i in self._data])
 
-    def _second(self, arrays: Sequence[Array]) -> Second | None:
+    def inference(self) -> list[tuple[Any, list[tuple[str, str | None, str]]]]:
+        """Return each inference graph, None where the block's own infers, and what it was made of.
+
+        There is one for each rank and type of the inputs that it was called with.
+        """
+        found = [(self._seconds.get(kinds), became) for kinds, became in [*self._became.items()]]
+        return [(None if second is None else second.symbol, became) for second, became in found]
+
+    def _second(self, kinds: Kinds, arrays: Sequence[Array]) -> Second | None:
         """Return the second graph for inputs of this rank and type, if there is one."""
-        key = self._key(arrays)
-        if key not in self._seconds:
+        if kinds not in self._seconds:
             with self._lock:
-                if key not in self._seconds:
-                    built = self._built(arrays)
+                if kinds not in self._seconds:
+                    built = self._built(kinds, arrays)
                     if built is not None:  # no two threads may be the first to run a CachedOp
-                        _run(built, arrays)
+                        built(arrays)
                         mx.nd.waitall()
-                    self._seconds[key] = built
-        return self._seconds[key]
-
-    def _key(self, arrays: Sequence[Array]) -> Any:
-        return tuple((arrays[i].ndim, arrays[i].dtype) for i in self._data)
+                    self._seconds[kinds] = built
+        return self._seconds[kinds]
 
     def _wait_for_others(self, runs: Any) -> None:
         """Wait, where the engine does not, for what the graphs but this one read or write."""
@@ -123,20 +136,23 @@ class TwoGraphs:
             mx.nd.waitall()
         self._latest = runs
 
-    def _built(self, arrays: Sequence[Array]) -> Second | None:
+    def _built(self, kinds: Kinds, arrays: Sequence[Array]) -> Second | None:
         """Build the second graph for inputs like these; None if no layer gains by it."""
         names = self._symbol.list_inputs()
         given = dict(zip(names, arrays))
         measure = partial(_facts, given=given)
-        graph = rewrite(self._symbol, (described, compiled), measure, _gains)
-        if graph is None:
+        graph, became = rewrite(self._symbol, (described, compiled), measure, why_kept)
+        self._became[kinds] = became
+        rewritten = graph is not None
+        graph = graph or Graph(self._symbol, amp_casts=True)
+        if not infer_only(graph) and not rewritten:
             return None
         symbol = graph.symbol()
         position = {name: i for i, name in enumerate(names)}
         used = [position[name] for name in symbol.list_inputs()]
         if type(self._symbol) is not mx.sym.Symbol:
             symbol = symbol.as_np_ndarray()
-        return self._runner(symbol, used), used
+        return Second(self._runner(symbol, used), used, symbol)
 
     def _runner(self, symbol: Any, used: Sequence[int]) -> Any:
         """Return what runs a graph that takes these of the inputs, hybridized as the block is."""
@@ -146,20 +162,17 @@ class TwoGraphs:
         return mx.nd.CachedOp(symbol, flags)
 
 
-def _run(second: Second, arrays: Sequence[Array]) -> Any:
-    op, used = second
-    return op(*(arrays[i] for i in used))
-
-
 def with_second_graph(
     own: Any, symbol: Any, is_data: list[bool], flags: Sequence[tuple[str, Any]]
 ) -> Any:
-    """Return what is to run a block whose graph was just built: two graphs if it has layers."""
+    """Return what is to run a block whose graph was just built, with a second graph if it may."""
     text = symbol.tojson()
     has_layers = f'"{KEY}"' in text or f'"op": "{OPERATOR}"' in text
-    if has_layers and get_backend() == "auto":
-        return TwoGraphs(own, symbol, is_data, flags)
-    return own
+    if not has_layers:
+        return own
+    if get_backend() != "auto":  # chosen by name: what was traced is what runs
+        return Traced(own, symbol)
+    return TwoGraphs(own, symbol, is_data, flags)
 
 
 def _facts(graph: Graph, calls: list[Call], given: dict[str, Array]) -> list[Fact]:
@@ -174,16 +187,3 @@ def _facts(graph: Graph, calls: list[Call], given: dict[str, Array]) -> list[Fac
         known = channels if channels > 0 else None
         facts.append(Fact(len(shape) or None, known, np.dtype(dtype) if dtype else None))
     return facts
-
-
-def _gains(call: Call, fact: Fact) -> bool:
-    """Tell whether a call is faster in the second graph than in the first.
-
-    MXNet reorders what it hands to the compiled operator where the data is in the layout of
-    oneDNN's convolutions, which a number of channels has that 8 divides. Elsewhere that operator
-    is the fastest.
-    """
-    rank, channels = fact.rank or 0, fact.channels or 0
-    if call.axis % rank != 1:
-        return False
-    return call.output.node.inputs[0].node.op != OPERATOR or (rank == 4 and channels % 8 == 0)
