@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 from . import functional
 from ._checks import check_integer, check_number
 from ._graph.arrays import Array, is_symbol
-from ._graph.kernels import distinct, unfused
+from ._graph.kernels import alone, distinct, unfused
 from ._graph.mode import Select
 from ._graph.view import ChannelView
 from ._options import Options
@@ -40,7 +40,7 @@ class _Chunks(ChannelView):
         member = F.broadcast_greater_equal(row, first) * F.broadcast_lesser(row, end)
         self._member = F.BlockGrad(member)  # shape (K, L)
         self._ones_K = F.ones_like(first)
-        features = F.contrib.arange_like(self.values, axis=1).reshape((1, -1))
+        features = alone(F.contrib.arange_like(self.values, axis=1).reshape((1, -1)))
         rows = self._product(self._member, self._ones_L, transpose_b=True)
         self.number = self._count(self._ones_K.reshape((-1,))).reshape((-1,))
         self._share = F.broadcast_div(rows, self._product(self._ones_K, rows, transpose_a=True))

@@ -9,7 +9,7 @@ import mxnet as mx
 import numpy as np
 
 from .arrays import Array, is_symbol
-from .kernels import distinct
+from .kernels import alone, alone_of_any_rank, distinct
 from .state import alike
 
 
@@ -65,7 +65,11 @@ class ChannelView:
     def _infer(self, axis: int) -> None:
         """Let a graph find the lengths when it runs: no rank and no length is known now."""
         F = self._F
-        at_least_rank_2 = self.x.reshape(shape=(0, 0, -2))  # else an error when shapes are known
+        # Of rank 2 at least, else there is an error when shapes are known.
+        if mx.util.is_np_shape():
+            at_least_rank_2 = alone_of_any_rank(F, self.x)
+        else:
+            at_least_rank_2 = self.x.reshape(shape=(0, 0, -2))
         self._samples = _channels_second(F, distinct(at_least_rank_2), axis)
         self.values = self._samples.flatten()
         by_channel = self._by_channel(_ones_along(F, self.values, 1))
@@ -86,8 +90,8 @@ class ChannelView:
         F = self._F
         if not mx.util.is_np_shape() or (not is_symbol(a) and a.size and b.size):
             return F.dot(a, b, **transposed)
-        a, b = (F.expand_dims(matrix, axis=0) for matrix in (a, b))
-        return F.batch_dot(a, b, **transposed).reshape((-3, 0))
+        a, b = (F.expand_dims(alone(matrix), axis=0) for matrix in (a, b))
+        return alone(F.batch_dot(a, b, **transposed).reshape((-3, 0)))
 
     def _by_channel(self, row: Array) -> Array:
         """Cut a row of C * S features into a matrix, shape (C, S)."""
@@ -137,8 +141,9 @@ def _channels_second(F: Any, x: Array, axis: int) -> Array:
         return x.reshape(shape=(-1,) + (0,) * -axis, reverse=True)
     if axis == 0:
         return F.expand_dims(x, axis=0)
-    for _ in range(axis - 1):
-        x = x.reshape(shape=(-3, -2))
+    for i in range(axis - 1):
+        apart = i and mx.util.is_np_shape()
+        x = (alone_of_any_rank(F, x) if apart else x).reshape(shape=(-3, -2))
     return x
 
 
