@@ -15,7 +15,7 @@ from ._checks import check_integer, check_number
 from ._graph.arrays import Array, is_symbol
 from ._graph.kernels import alone, distinct, unfused
 from ._graph.mode import Select
-from ._graph.view import ChannelView
+from ._graph.view import ChannelView, reshape
 from ._options import Options
 from .layer import ScratchBatchNorm
 
@@ -59,11 +59,13 @@ class _Chunks(ChannelView):
             matrix = self._F.reshape_like(matrix, self._samples, **channels_first)
             matrix = matrix.reshape((-3, -2)).flatten()
         else:
-            matrix = matrix.reshape((-1, self._channels[1]))
+            C, S = self._channels
+            matrix = reshape(self._F, matrix, (len(matrix) * C, S))
         return self._product(matrix, self._ones_S, transpose_b=True).reshape((-1,))
 
     def mean(self, matrix: Array) -> Array:
-        return self._sum(self._product(self._member, matrix)) / self.m
+        total = self._sum(self._product(self._member, matrix))
+        return total / self._F.maximum(self.m, 1)  # of nothing it is 0
 
     def broadcast(self, vector: Array) -> Array:
         by_channel = self._product(vector.reshape((-1, 1)), self._ones_S)

@@ -56,7 +56,7 @@ class ChannelView:
         F, x = self._F, self.x
         L, C, S = (int(np.prod(n)) for n in (x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]))
         self._channels = (C, S)
-        self.values = _reshape(F, x, (L, C * S))
+        self.values = reshape(F, x, (L, C * S))
         self._ones_L = F.ones((1, L), ctx=x.ctx, dtype=x.dtype)
         self._ones_S = F.ones((1, S), ctx=x.ctx, dtype=x.dtype)
         self.m = F.full((1,), L * S, ctx=x.ctx, dtype=x.dtype)
@@ -96,7 +96,7 @@ class ChannelView:
     def _by_channel(self, row: Array) -> Array:
         """Cut a row of C * S features into a matrix, shape (C, S)."""
         if not is_symbol(row):
-            return _reshape(self._F, row, self._channels)
+            return reshape(self._F, row, self._channels)
         first, rest = {"lhs_begin": 0, "lhs_end": 1}, {"rhs_begin": 1, "rhs_end": None}
         return self._F.reshape_like(row.reshape((-1,)), self._samples, **first, **rest).flatten()
 
@@ -147,7 +147,8 @@ def _channels_second(F: Any, x: Array, axis: int) -> Array:
     return x
 
 
-def _reshape(F: Any, x: Array, shape: tuple[int, ...]) -> Array:
+def reshape(F: Any, x: Array, shape: tuple[int, ...]) -> Array:
+    """Give an array, empty or not, another shape."""
     # NDArray.reshape shares the memory, but takes a length of 0 to mean "as before".
     if x.size:
         return x.reshape(shape)
