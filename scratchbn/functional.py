@@ -23,7 +23,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from ._graph.arrays import Array
-from ._graph.kernels import unfused
+from ._graph.kernels import alone, unfused
 from ._graph.mode import Mode, Select
 from ._graph.view import ChannelView
 
@@ -105,7 +105,7 @@ def batch_variance(F: Any, view: ChannelView, centred: Array, low: Array) -> Arr
 
     With x - high for x - mu, where mu = high + low: ``1/m sum((x_i - high)^2) - low^2``.
     """
-    return F.maximum(view.mean(F.square(centred)) - F.square(low), 0)
+    return F.maximum(view.mean(F.square(alone(centred))) - F.square(low), 0)
 
 
 def statistics(
@@ -131,7 +131,7 @@ def statistics(
         So is the x it is the mean of; else MXNet would add zeros of x's size to x's gradient.
     """
     high = F.BlockGrad(select(lambda: batch_mean(view, F.BlockGrad(view.values)), running_mean))
-    centred = view.values - view.broadcast(high)
+    centred = alone(view.values - view.broadcast(high))
     low = select(lambda: batch_mean(view, centred), F.zeros_like(high))
     variance = select(lambda: batch_variance(F, view, centred, low), running_var)
     return Statistics(high + low, variance, centred, low)
@@ -165,7 +165,8 @@ def scale_and_shift(
     The last sign is minus because MXNet's executors cannot add to the matrix of a Conv3D's output.
     """
     factor = F.broadcast_mul(gamma, inverse_std(F, batch.variance, epsilon))
-    return batch.centred * view.broadcast(factor) - view.broadcast(batch.low * factor - beta)
+    scaled = alone(alone(batch.centred) * view.broadcast(factor))
+    return scaled - view.broadcast(batch.low * factor - beta)
 
 
 def batch_norm(

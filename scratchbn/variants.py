@@ -13,9 +13,9 @@ from typing import Any, ClassVar, NamedTuple
 from . import functional
 from ._checks import check_integer, check_number
 from ._graph.arrays import Array, is_symbol
-from ._graph.kernels import distinct, unfused
+from ._graph.kernels import alone, distinct, unfused
 from ._graph.mode import Select
-from ._graph.view import ChannelView
+from ._graph.view import ChannelView, reshape
 from ._options import Options
 from .layer import ScratchBatchNorm
 
@@ -40,7 +40,7 @@ class _Chunks(ChannelView):
         member = F.broadcast_greater_equal(row, first) * F.broadcast_lesser(row, end)
         self._member = F.BlockGrad(member)  # shape (K, L)
         self._ones_K = F.ones_like(first)
-        features = F.contrib.arange_like(self.values, axis=1).reshape((1, -1))
+        features = alone(F.contrib.arange_like(self.values, axis=1).reshape((1, -1)))
         rows = self._product(self._member, self._ones_L, transpose_b=True)
         self.number = self._count(self._ones_K.reshape((-1,))).reshape((-1,))
         self._share = F.broadcast_div(rows, self._product(self._ones_K, rows, transpose_a=True))
@@ -59,11 +59,13 @@ class _Chunks(ChannelView):
             matrix = self._F.reshape_like(matrix, self._samples, **channels_first)
             matrix = matrix.reshape((-3, -2)).flatten()
         else:
-            matrix = matrix.reshape((-1, self._channels[1]))
+            C, S = self._channels
+            matrix = reshape(self._F, matrix, (len(matrix) * C, S))
         return self._product(matrix, self._ones_S, transpose_b=True).reshape((-1,))
 
     def mean(self, matrix: Array) -> Array:
-        return self._sum(self._product(self._member, matrix)) / self.m
+        total = self._sum(self._product(self._member, matrix))
+        return total / self._F.maximum(self.m, 1)  # of nothing it is 0
 
     def broadcast(self, vector: Array) -> Array:
         by_channel = self._product(vector.reshape((-1, 1)), self._ones_S)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import mxnet as mx
 import numpy as np
@@ -55,6 +56,11 @@ class Step:
     waits_for: list[Step] = field(default_factory=list)
     attrs: dict[str, str] = field(default_factory=dict)
 
+    @cached_property
+    def is_backward(self):
+        """Whether it belongs to the backward; sums of gradients wait for no step of the forward."""
+        return bool(self.waits_for) or any(step.is_backward for step in self.inputs)
+
 
 def executed(symbol, dtype="float32", **shapes):
     """The nodes that an executor runs, forward and backward, each after its inputs."""
@@ -94,4 +100,4 @@ def fusable_beside(step, steps):
     """The neighbours that may be in one kernel with `step`, which is forward or backward."""
     users = [other for other in steps if step in other.inputs and other.op in FUSABLE]
     sources = [other for other in step.inputs if other.op in FUSABLE | BEGINS_ONLY]
-    return [s for s in (*sources, *users) if bool(s.waits_for) == bool(step.waits_for)]
+    return [s for s in (*sources, *users) if s.is_backward == step.is_backward]

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import scratchbn
+from scratchbn import native
 from scratchbn.environment.prepare import find_cuda_libraries
+from scratchbn.native import cuda
 from scratchbn.parity.oracle import OracleBatchNorm, Step
 
 import mxnet as mx
 import numpy as np
+import pytest
 from mxnet import autograd
 from mxnet.gluon import SymbolBlock, nn
 
@@ -31,6 +34,16 @@ CLOSE = {
 }
 
 BFLOAT16 = np.dtype([("bfloat16", np.uint16)])  # as MXNet has it
+
+
+def load_kernel(device):
+    """Load the compiled kernel for a device; skip the test where it cannot be had."""
+    try:
+        native.load()
+        if device.device_type == "gpu":
+            cuda.load({device.device_id})
+    except scratchbn.BackendError as error:
+        pytest.skip(str(error))
 
 
 def array(values, device, dtype="float64"):

@@ -9,7 +9,7 @@ import mxnet as mx
 import numpy as np
 
 from .arrays import Array, is_symbol
-from .kernels import distinct
+from .kernels import alone, alone_of_any_rank, distinct
 from .state import alike
 
 
@@ -56,7 +56,7 @@ class ChannelView:
         F, x = self._F, self.x
         L, C, S = (int(np.prod(n)) for n in (x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]))
         self._channels = (C, S)
-        self.values = _reshape(F, x, (L, C * S))
+        self.values = reshape(F, x, (L, C * S))
         self._ones_L = F.ones((1, L), ctx=x.ctx, dtype=x.dtype)
         self._ones_S = F.ones((1, S), ctx=x.ctx, dtype=x.dtype)
         self.m = F.full((1,), L * S, ctx=x.ctx, dtype=x.dtype)
@@ -65,7 +65,11 @@ class ChannelView:
     def _infer(self, axis: int) -> None:
         """Let a graph find the lengths when it runs: no rank and no length is known now."""
         F = self._F
-        at_least_rank_2 = self.x.reshape(shape=(0, 0, -2))  # else an error when shapes are known
+        # Of rank 2 at least, else there is an error when shapes are known.
+        if mx.util.is_np_shape():
+            at_least_rank_2 = alone_of_any_rank(F, self.x)
+        else:
+            at_least_rank_2 = self.x.reshape(shape=(0, 0, -2))
         self._samples = _channels_second(F, distinct(at_least_rank_2), axis)
         self.values = self._samples.flatten()
         by_channel = self._by_channel(_ones_along(F, self.values, 1))
@@ -86,13 +90,13 @@ class ChannelView:
         F = self._F
         if not mx.util.is_np_shape() or (not is_symbol(a) and a.size and b.size):
             return F.dot(a, b, **transposed)
-        a, b = (F.expand_dims(matrix, axis=0) for matrix in (a, b))
-        return F.batch_dot(a, b, **transposed).reshape((-3, 0))
+        a, b = (F.expand_dims(alone(matrix), axis=0) for matrix in (a, b))
+        return alone(F.batch_dot(a, b, **transposed).reshape((-3, 0)))
 
     def _by_channel(self, row: Array) -> Array:
         """Cut a row of C * S features into a matrix, shape (C, S)."""
         if not is_symbol(row):
-            return _reshape(self._F, row, self._channels)
+            return reshape(self._F, row, self._channels)
         first, rest = {"lhs_begin": 0, "lhs_end": 1}, {"rhs_begin": 1, "rhs_end": None}
         return self._F.reshape_like(row.reshape((-1,)), self._samples, **first, **rest).flatten()
 
@@ -137,12 +141,14 @@ def _channels_second(F: Any, x: Array, axis: int) -> Array:
         return x.reshape(shape=(-1,) + (0,) * -axis, reverse=True)
     if axis == 0:
         return F.expand_dims(x, axis=0)
-    for _ in range(axis - 1):
-        x = x.reshape(shape=(-3, -2))
+    for i in range(axis - 1):
+        apart = i and mx.util.is_np_shape()
+        x = (alone_of_any_rank(F, x) if apart else x).reshape(shape=(-3, -2))
     return x
 
 
-def _reshape(F: Any, x: Array, shape: tuple[int, ...]) -> Array:
+def reshape(F: Any, x: Array, shape: tuple[int, ...]) -> Array:
+    """Give an array, empty or not, another shape."""
     # NDArray.reshape shares the memory, but takes a length of 0 to mean "as before".
     if x.size:
         return x.reshape(shape)

@@ -28,7 +28,7 @@ def requirements(lock: str, project: str) -> str:
 
     Raises ValueError if ``pyproject.toml`` does not pin the two in its extra cu112.
     """
-    kept = [line for line in lock.splitlines() if line.partition("==")[0] not in UNUSED]
+    kept = [line for line in lock.splitlines() if line.partition("==")[0] not in (*UNUSED, *WANTED)]
     pins = [re.search(rf'"({re.escape(name)}==[^"]+)"', project) for name in WANTED]
     if None in pins:
         raise ValueError(f"pyproject.toml must pin {' and '.join(WANTED)} in its extra cu112")

@@ -184,8 +184,11 @@ def products(dtype: str, mode: str) -> dict[str, Any]:
 
 def empty(dtype: str, mode: str) -> dict[str, Any]:
     """Batches without elements, under np_shape: training, backward, inference."""
-    for name in ("plain", "fused ReLU", "BatchRenorm", "momentum None"):
-        for shape in ((0, 3), (0, 3, 2), (4, 3, 0), (0, 3, 4, 4)):
+    behind = [(0, 3), (0, 3, 2), (4, 3, 0), (0, 3, 4, 4)]
+    shapes = dict.fromkeys(("plain", "fused ReLU", "BatchRenorm", "momentum None"), behind)
+    shapes.update({"axis -1": [(0, 3), (4, 0, 3)], "Ghost": [(4, 3, 0)]})
+    for name, listed in shapes.items():
+        for shape in listed:
             layer = ready(make(name, in_channels=3), dtype, mode)
             x = batch(shape, dtype)
             print(f"{name} {shape}", flush=True)

@@ -11,6 +11,8 @@ from pathlib import Path
 from scratchbn._writing import staged, write_text
 
 SOURCES = Path(__file__).with_name("standins")
+# What our own kernels are given, for the order of their reads and writes.
+KERNELS = Path(__file__).resolve().parents[2] / "scratchbn" / "native" / "cuda"
 # What a library's functions are called, and the sources that hold those with something to answer.
 LIBRARIES = {
     "libcuda.so.1": (r"cu[A-Z]", "cuda.cc"),
@@ -65,6 +67,7 @@ def build(compiler: str, libmxnet: Path, folder: Path) -> Path:
         write_text(defaults, "\n".join(lines) + "\n")
         write_text(versions, f"{soname} {{ global: *; }};\n")
         options = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-shared", f"-I{SOURCES}"]
+        options += [f"-I{KERNELS}"]
         options += [f"-Wl,-soname,{soname}", f"-Wl,--version-script={versions}"]
         inputs = [str(SOURCES / source), str(defaults)]
         with staged(folder / soname) as library:
@@ -75,5 +78,5 @@ def build(compiler: str, libmxnet: Path, folder: Path) -> Path:
 
 def _fingerprint(symbols: Iterable[str]) -> str:
     parts = ["\n".join(symbols), Path(__file__).read_text("utf-8")]
-    parts += [file.read_text("utf-8") for file in sorted(SOURCES.iterdir())]
+    parts += [file.read_text("utf-8") for file in (*sorted(SOURCES.iterdir()), KERNELS / "call.h")]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()

@@ -12,6 +12,7 @@ from scratchbn.native import cuda
 import mxnet as mx
 import numpy as np
 import pytest
+from helpers import load_kernel
 from mxnet import autograd
 from mxnet.gluon import nn
 
@@ -20,12 +21,7 @@ OPERATOR = "_scratchbn_batch_norm"
 
 @pytest.fixture
 def kernel(device):
-    if device.device_type != "cpu":
-        pytest.skip("the native backend runs on CPUs")
-    try:
-        native.load()
-    except BackendError as error:
-        pytest.skip(str(error))
+    load_kernel(device)
 
 
 @pytest.fixture

@@ -3,8 +3,7 @@
 import json
 import threading
 
-import scratchbn
-from scratchbn import ScratchBatchNorm, ScratchBatchNormReLU, native, use_backend
+from scratchbn import ScratchBatchNorm, ScratchBatchNormReLU, use_backend
 from scratchbn.backends import choose
 from scratchbn.variants import BatchRenorm
 
@@ -12,6 +11,7 @@ from scratchbn.variants import BatchRenorm
 import mxnet as mx
 import numpy as np
 import pytest
+from helpers import load_kernel
 from mxnet import autograd
 from mxnet.gluon import SymbolBlock, nn
 
@@ -20,12 +20,7 @@ OURS = "_scratchbn_batch_norm"
 
 @pytest.fixture(autouse=True)
 def kernel(device):
-    if device.device_type != "cpu":
-        pytest.skip("the native backend runs on CPUs")
-    try:
-        native.load()
-    except scratchbn.BackendError as error:
-        pytest.skip(str(error))
+    load_kernel(device)
 
 
 def a_net(norm=ScratchBatchNorm, hybridize=True):

@@ -14,7 +14,7 @@ from scratchbn.variants import BatchRenorm, GhostBatchNorm
 import mxnet as mx
 import numpy as np
 import pytest
-from executed_graph import executed, fusable_beside, is_rounded
+from executed_graph import FUSABLE, executed, fusable_beside, is_rounded
 from mxnet.gluon import HybridBlock, nn
 
 CHANNELS = {"in_channels": 3}
@@ -143,7 +143,7 @@ def test_the_check_sees_what_fusion_would_round():
     symbol = mx.sym.rsqrt(x + 1e-5) * y + mx.sym.broadcast_mul(x * 0.9, y) + (x + 0.5)
     steps = executed(symbol, x=(3,), y=(3,))
     seen = {s.op for s in steps if is_rounded(s) and fusable_beside(s, steps)}
-    assert seen == {"_plus_scalar", "rsqrt", "_backward_rsqrt"}
+    assert seen == {"_plus_scalar", "rsqrt", "_backward_rsqrt", "_backward_mul_scalar"}
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -156,6 +156,76 @@ def test_under_np_shape_no_product_is_tf32_and_no_sum_is_over_nothing(name):
     ops = {node["op"] for node in json_nodes(symbol)}
     assert "batch_dot" in ops
     assert not ops & {"_linalg_gemm2", "_linalg_gemm", "FullyConnected", "dot", "sum", "mean"}
+
+
+def may_be_empty(symbol, steps, **shapes):
+    """The steps of a batch without elements whose results, or gradients, have none either."""
+    internals = symbol.get_internals()
+    sizes = zip(internals.list_outputs(), internals.infer_shape(**shapes)[1])
+    without = {name.rpartition("_output")[0] for name, shape in sizes if not np.prod(shape)}
+    without |= set(shapes)
+    found = []
+    for step in steps:
+        of, is_gradient, _ = step.name.partition("_backward")
+        forward = [s for s in steps if is_gradient and s.name == of]
+        among = [s for f in forward for s in (f, *f.inputs)] or step.inputs
+        if not step.is_backward:
+            among = [step]
+        if any(s.name in without or s in found for s in among):
+            found.append(step)
+    return found
+
+
+def fused_when_empty(net, shape):
+    """What a GPU makes one kernel of though it has no elements, which it refuses to launch."""
+    full = tuple(length or 2 for length in shape)
+    net.initialize()
+    net.hybridize()
+    net(mx.np.ones(full))
+    symbol = net._cached_graph[1]
+    steps = executed(symbol, data=full)
+    empty = may_be_empty(symbol, steps, data=shape)
+    assert {"Flatten", "elemwise_sub", "_backward_sub"} <= {step.op for step in empty}
+    return [
+        (step.name, beside.name)
+        for step in empty
+        if step.op in FUSABLE
+        for beside in fusable_beside(step, steps)
+        if beside in empty
+    ]
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 8, 4), (8, 3, 0, 4)])
+@pytest.mark.parametrize("name", [*LAYERS, "third axis"])
+def test_under_np_shape_nothing_empty_is_fused(name, shape):
+    layers = {**LAYERS, "third axis": lambda: ScratchBatchNorm(axis=3, in_channels=4)}
+    if shape[0] == 0 and name.startswith(("ghost", "first")):
+        pytest.skip("needs a sample")
+    mx.npx.set_np()
+    assert not fused_when_empty(layers[name](), shape)
+
+
+def test_under_np_shape_layers_on_one_array_share_no_node():
+    mx.npx.set_np()
+    first, second = (ScratchBatchNorm(**CHANNELS) for _ in range(2))
+    x = mx.sym.var("data").as_np_ndarray()
+    symbol = mx.sym.Group([layer(x).as_nd_ndarray() for layer in (first, second)])
+    layers = first, second
+    assert not [
+        p
+        for p in merged(json.loads(symbol.tojson())["nodes"])
+        if [own(p[0], k) for k in layers] != [own(p[1], k) for k in layers]
+    ]
+
+
+def test_the_check_sees_what_is_empty_and_fused():
+    mx.npx.set_np()
+    x = mx.sym.var("x")
+    symbol = mx.sym.sum(mx.sym.square(mx.sym.Flatten(mx.sym.square(x) * x)))
+    steps = executed(symbol, x=(2, 3))
+    empty = may_be_empty(symbol, steps, x=(0, 3))
+    seen = {s.op for s in empty if s.op in FUSABLE and set(fusable_beside(s, steps)) & set(empty)}
+    assert seen == {"square", "elemwise_mul", "_backward_mul", "_backward_square", "add_n"}
 
 
 @pytest.mark.parametrize("name", LAYERS)

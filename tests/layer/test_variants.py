@@ -400,3 +400,19 @@ def test_the_examples_of_the_document_run():
     names = {"__name__": "document"}
     for block in blocks:
         exec(compile(block, page.name, "exec"), names)
+
+
+def test_ghost_chunks_of_samples_without_elements_move_nothing():
+    mx.npx.set_np()
+    layer = GhostBatchNorm(3, in_channels=3)
+    layer.initialize()
+    x = mx.np.zeros((4, 3, 0))
+    x.attach_grad()
+    with mx.autograd.record():
+        y = layer(x)
+    y.backward()
+    assert y.shape == x.grad.shape == (4, 3, 0)
+    for name, value in {"running_mean": 0, "running_var": 1}.items():
+        assert (getattr(layer, name).data().asnumpy() == value).all()
+    for name in ("gamma", "beta"):
+        assert (getattr(layer, name).grad().asnumpy() == 0).all()

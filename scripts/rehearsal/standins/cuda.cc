@@ -2,6 +2,7 @@
 #include <atomic>
 #include <set>
 
+#include "call.h"
 #include "journal.h"
 
 using namespace rehearsal;
@@ -93,6 +94,33 @@ std::string keep(const std::string& image, bool binary) {
     std::fclose(file);
   }
   return name;
+}
+
+// The arrays that a kernel of batch_norm.cu touches: it is given one struct, and no pointers. Empty
+// for any other kernel.
+std::string pointers_of_ours(const std::string& kernel, const scratchbn_gpu::Call& k) {
+  const auto is = [&](const char* name) { return kernel.rfind(std::string(name) + "_", 0) == 0; };
+  std::vector<std::pair<const void*, bool>> found;  // and whether it is only read
+  if (is("moments")) {
+    found = {{k.partial, false}, {k.x, true}, {k.flag, true}};
+  } else if (is("finish_forward")) {
+    found = {{k.kept, false}, {k.token, false}, {k.lines, false}, {k.partial, true},
+             {k.running_mean, true}, {k.running_var, true}, {k.flag, true}};
+  } else if (is("transform")) {
+    found = {{k.y, false}, {k.running_mean, false}, {k.running_var, false}, {k.num_batches, false},
+             {k.x, true}, {k.kept, true}, {k.gamma, true}, {k.beta, true}, {k.flag, true}};
+  } else if (is("gradient_sums") || is("gradient")) {
+    found = {{is("gradient_sums") ? k.partial : k.dx, false}, {k.x, true}, {k.dy, true},
+             {k.kept, true}, {k.gamma, true}, {k.beta, true}};
+  } else if (is("finish_backward")) {
+    found = {{k.dgamma, false}, {k.dbeta, false}, {k.lines, false}, {k.partial, true},
+             {k.kept, true}};
+  }
+  std::string text;
+  for (const auto& one : found) {
+    if (one.first) text += (text.empty() ? "" : " ") + pointer(one.first, one.second);
+  }
+  return text;
 }
 
 thread_local std::vector<void*> contexts;
@@ -187,7 +215,10 @@ API int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, un
     note("REFUSED\t" + kernel.name + "\t" + size);
     return 1;  // invalid value: what a card says to an empty grid
   }
-  const std::string found = arguments ? pointers(kernel.types, arguments) : "";
+  std::string found = arguments ? pointers(kernel.types, arguments) : "";
+  if (found.empty() && arguments && kernel.signature == kernel.name) {
+    found = pointers_of_ours(kernel.name, *static_cast<scratchbn_gpu::Call*>(arguments[0]));
+  }
   note("LAUNCH\t" + kernel.name + "\t" + size + "\t" + found + "\t" + kernel.signature);
   return 0;
 }
