@@ -72,6 +72,9 @@ class ChannelView:
             at_least_rank_2 = self.x.reshape(shape=(0, 0, -2))
         self._samples = _channels_second(F, distinct(at_least_rank_2), axis)
         self.values = self._samples.flatten()
+        if mx.util.is_np_shape():
+            # A copy in plain layout: batch_dot fails on what oneDNN laid out in five dimensions.
+            self.values = F.stack(self.values, axis=1).flatten()
         by_channel = self._by_channel(_ones_along(F, self.values, 1))
         self._any_C = _ones_along(F, by_channel, 0)
         self._ones_L = _ones_along(F, self.values, 0).reshape((1, -1))

@@ -19,12 +19,12 @@ _serial = itertools.count()
 @named
 def native(layer: Layer, F: Any, x: Array, state: State) -> Array:
     """Normalize a batch by one operator, in training and in inference."""
-    # On a GPU the operator takes float16 and computes in float32.
-    compute = _normalize if _on_gpu(x) else in_float32(_normalize)
-    return compute(layer, F, x, state)
+    if _on_gpu(x):  # there the operator takes float16 and computes in float32
+        return _normalize(layer, F, x, state, half=True)
+    return in_float32(_normalize)(layer, F, x, state)
 
 
-def _normalize(layer: Layer, F: Any, x: Array, state: State) -> Array:
+def _normalize(layer: Layer, F: Any, x: Array, state: State, **more: Any) -> Array:
     options = layer.options
     relu = layer.activates_by_relu
     compute = _in_graph if is_symbol(x) else _now
@@ -40,6 +40,7 @@ def _normalize(layer: Layer, F: Any, x: Array, state: State) -> Array:
         center=options.center,
         relu=relu,
         unbiased_variance=options.unbiased_variance,
+        **more,
     )
     return y if relu else layer.activate(F, y)
 

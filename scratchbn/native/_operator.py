@@ -56,7 +56,8 @@ def batch_norm(
     num_batches : NDArray or Symbol, shape (1,), optional
         Given if and only if ``momentum`` is None.
     **options
-        ``axis``, ``epsilon``, ``momentum``, ``scale``, ``center``, ``relu``, ``unbiased_variance``.
+        ``axis``, ``epsilon``, ``momentum``, ``scale``, ``center``, ``relu``, ``unbiased_variance``;
+        ``half=True`` on a GPU, where `x` may be float16.
 
     Returns
     -------

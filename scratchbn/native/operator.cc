@@ -86,7 +86,8 @@ struct Options {
         center(truth(attributes.at("center"))),
         activation(attributes.at("relu") == "Activation"),
         relu(activation || truth(attributes.at("relu"))),
-        unbiased(truth(attributes.at("unbiased_variance"))) {}
+        unbiased(truth(attributes.at("unbiased_variance"))),
+        half(attributes.count("half") && truth(attributes.at("half"))) {}
 
   int inputs() const { return cumulative ? kNumBatches + 1 : kFlag + 1; }
 
@@ -95,6 +96,7 @@ struct Options {
   bool cumulative;
   double momentum;
   bool scale, center, activation, relu, unbiased;
+  bool half;  // whether float16 data is taken, which on a CPU is cast before
 };
 
 // Calls f(options), and fails if it, or the options, throw: no exception may reach MXNet's threads.
@@ -121,13 +123,15 @@ int statistics_type(int type) {
   return type == mxnet::ext::kFloat16 ? int(mxnet::ext::kFloat32) : type;
 }
 
-MXReturnValue infer_type(const Attributes&, std::vector<int>* in, std::vector<int>* out) {
-  int& type = in->front();  // where it is neither, MXNet reports that float32 was expected
-  const bool half = type == mxnet::ext::kFloat16;
-  if (type != -1 && type != mxnet::ext::kFloat64 && !half) type = mxnet::ext::kFloat32;
-  out->assign(kOutputs, statistics_type(type));
-  (*out)[kOut] = type;
-  return MX_SUCCESS;
+MXReturnValue infer_type(const Attributes& attributes, std::vector<int>* in,
+                         std::vector<int>* out) {
+  return with_options(attributes, [&](const Options& options) {
+    int& type = in->front();  // where it is none of these, MXNet reports that float32 was expected
+    const bool half = options.half && type == mxnet::ext::kFloat16;
+    if (type != -1 && type != mxnet::ext::kFloat64 && !half) type = mxnet::ext::kFloat32;
+    out->assign(kOutputs, statistics_type(type));
+    (*out)[kOut] = type;
+  });
 }
 
 // The position of the channel axis in a shape of `rank` axes.
@@ -260,7 +264,7 @@ MXReturnValue compute(const Attributes& attributes, std::vector<MXTensor>* in,
                       std::vector<MXTensor>* out, const OpResource&) {
   return with_options(attributes, [&](const Options& options) {
     MXTensor *from = in->data(), *to = out->data();
-    require(from->dtype != mxnet::ext::kFloat16);  // on a CPU that is cast before
+    require(from->dtype != mxnet::ext::kFloat16);
     const bool single = from->dtype == mxnet::ext::kFloat32;
     if (is_forward) {
       single ? forward<float>(options, from, to) : forward<double>(options, from, to);

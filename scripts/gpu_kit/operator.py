@@ -91,7 +91,9 @@ class Operator:
         types = (ctypes.c_int * 1)(TYPES[dtype])
         out = (ctypes.c_int * 3)()
         function = self._library._opCallInferType
-        _check("InferType", function(self._infer_type, *_attributes({}), types, 1, out, 3))
+        _check(
+            "InferType", function(self._infer_type, *_attributes({"half": True}), types, 1, out, 3)
+        )
         names = {number: name for name, number in TYPES.items()}
         return [names[number] for number in out]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,9 +74,12 @@ class Nvrtc:
         )
         try:
             chosen = [f"--gpu-architecture={target.architecture}", *OPTIONS, *options]
-            status = self._library.nvrtcCompileProgram(
-                program, len(chosen), _strings([option.encode() for option in chosen])
-            )
+            given = _strings([option.encode() for option in chosen])
+            with ThreadPoolExecutor(1) as pool:  # NVRTC leaves a thread in the locale C
+                compiling = pool.submit(
+                    self._library.nvrtcCompileProgram, program, len(chosen), given
+                )
+                status = compiling.result()
             log = self._result("ProgramLog", program).rstrip(b"\0").decode(errors="replace")
             if status:
                 raise BackendError(f"{self.path} could not compile {SOURCE}:\n{log.strip()}")
