@@ -6,7 +6,7 @@ import os
 import random
 import zlib
 
-# What importing ScratchSyncBatchNorm would ask for takes gigabytes in a process that runs all tests.
+# ScratchSyncBatchNorm asks for 4096: gigabytes, in a process that runs all tests.
 os.environ.setdefault("MXNET_CPU_TEMP_COPY", "4")
 
 import scratchbn  # prepares the runtime, so it comes before mxnet

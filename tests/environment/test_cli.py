@@ -15,8 +15,8 @@ COMMANDS = {
     "doctor": "report Python, numpy, mxnet, CUDA, GPUs, the device in use and the data found",
     "build-native": "compile the kernel that the backends 'auto' and 'native' use; "
     "needs a C++ compiler",
-    "parity": "compare ScratchBatchNorm with nn.BatchNorm over a grid, on every backend that can be "
-    "had",
+    "parity": "compare ScratchBatchNorm with nn.BatchNorm over a grid, on every backend that "
+    "can be had",
     "fold": "fold the batch normalizations of an exported model into the layers before them",
     "convert": "exchange ScratchBatchNorm and MXNet's BatchNorm in an exported model",
     "launch": "run a command as a job of MXNet's parameter server on this machine",

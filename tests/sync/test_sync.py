@@ -17,13 +17,18 @@ EXACT = 1e-10
 RUNS = os.environ.get("SCRATCHBN_SYNC_RUNS", "7")
 
 
-def child(script, *arguments, **variables):
+def environment_of(**variables):
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **variables}
+    environment.pop("MXNET_CPU_TEMP_COPY", None)  # conftest.py sets it for other tests
+    return environment
+
+
+def child(script, *arguments, **variables):
     return subprocess.run(
         [sys.executable, str(HERE / script), *arguments],
         capture_output=True,
         text=True,
-        env=environment,
+        env=environment_of(**variables),
         timeout=60 + 30 * int(RUNS),
     )
 
@@ -114,7 +119,7 @@ def test_one_operator_at_a_time_is_refused_and_one_device_is_plain():
         "try: y(two)\n"
         "except ValueError as error: print(error)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "MXNET_ENGINE_TYPE": "NaiveEngine"}
+    environment = environment_of(MXNET_ENGINE_TYPE="NaiveEngine")
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120
     )
