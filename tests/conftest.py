@@ -11,6 +11,8 @@ os.environ.setdefault("MXNET_CPU_TEMP_COPY", "4")
 
 import scratchbn  # prepares the runtime, so it comes before mxnet
 import scratchbn.backends
+from scratchbn import native, use_backend
+from scratchbn.backends.inference import switch
 
 # isort: split
 import helpers
@@ -117,3 +119,24 @@ def build(device, rng, tmp_path):
         )
 
     return build_one
+
+
+@pytest.fixture
+def two_graphs(device, monkeypatch):
+    """The backend 'auto', where nets have a second graph for inference."""
+    if device.device_type != "cpu":
+        pytest.skip("the second graph is for CPUs")
+    monkeypatch.setattr(switch, "_chosen", None)
+    monkeypatch.delenv("SCRATCHBN_INFERENCE_GRAPH", raising=False)
+    with use_backend("auto"):
+        yield
+
+
+@pytest.fixture(params=["kernel", "no kernel"])
+def with_kernel(request, monkeypatch):
+    """With the compiled operator in the block's own graph, and without."""
+    if request.param == "no kernel":
+        monkeypatch.setattr(native, "available", lambda: False)
+    elif not native.available():
+        pytest.skip("the kernel has not been built")
+    return request.param

@@ -23,12 +23,12 @@ from two_graph_nets import (
     seconds,
 )
 
-pytestmark = pytest.mark.usefixtures("chosen")
+pytestmark = pytest.mark.usefixtures("two_graphs")
 
 
 @flags
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_it_computes_what_the_layers_do(rng, kernel, flags, dtype):
+def test_it_computes_what_the_layers_do(rng, with_kernel, flags, dtype):
     net = Wired()
     x = ready(net, rng, dtype=dtype)
     net.hybridize(**flags)
@@ -61,7 +61,7 @@ def test_one_block_has_a_graph_for_each_rank_and_type(rng, monkeypatch):
     assert len(seconds(net)) == 3
 
 
-def test_float16_convolutions_aside(rng, kernel):
+def test_float16_convolutions_aside(rng, with_kernel):
     net = nn.HybridSequential()
     net.add(nn.Flatten(), ScratchBatchNorm(), nn.Flatten(), ScratchBatchNormReLU())
     x = ready(net, rng, (4, 2, 4), "float16")
@@ -72,7 +72,7 @@ def test_float16_convolutions_aside(rng, kernel):
 
 
 @flags
-def test_values_are_read_when_it_runs(rng, tmp_path, kernel, flags, second_device):
+def test_values_are_read_when_it_runs(rng, tmp_path, with_kernel, flags, second_device):
     net = Wired()
     x = ready(net, rng)
     net.hybridize(**flags)
@@ -137,7 +137,7 @@ def test_training_is_as_without_it(rng, flags):
         np.testing.assert_array_equal(value, ends[1][name], err_msg=name)
 
 
-def test_inference_changes_no_parameter(rng, kernel):
+def test_inference_changes_no_parameter(rng, with_kernel):
     net = Wired()
     x = ready(net, rng)
     net.hybridize()
@@ -150,7 +150,7 @@ def test_inference_changes_no_parameter(rng, kernel):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_what_is_not_finite_comes_through(rng, kernel, value):
+def test_what_is_not_finite_comes_through(rng, with_kernel, value):
     net = conv_net()
     x = ready(net, rng)
     x[1] = value
@@ -162,7 +162,7 @@ def test_what_is_not_finite_comes_through(rng, kernel, value):
 
 
 @flags
-def test_gradients_of_inference_are_those_of_the_own_graph(rng, kernel, flags):
+def test_gradients_of_inference_are_those_of_the_own_graph(rng, with_kernel, flags):
     net = Wired()
     x = ready(net, rng, dtype="float64")
     net.hybridize(**flags)
@@ -200,12 +200,12 @@ class Tanh(ScratchBatchNorm):
     ],
     ids=["last", "third", "negative", "variant", "ghost", "global", "cumulative"],
 )
-def test_layers_of_all_kinds(rng, kernel, layer, second):
+def test_layers_of_all_kinds(rng, with_kernel, layer, second):
     net = nn.HybridSequential()
     net.add(nn.Conv2D(8, 1), layer())
     x = ready(net, rng)
     net.hybridize()
-    check(net, x, second=second is True or second == kernel)
+    check(net, x, second=second is True or second == with_kernel)
     mixed = conv_net(layer(), nn.Dense(3))
     x = ready(mixed, rng)
     mixed.hybridize()

@@ -22,7 +22,7 @@ from mxnet import autograd
 from mxnet.gluon import SymbolBlock, nn
 from two_graph_nets import CLOSE, SHAPE, Wired, check, conv_net, own_graph, ready, seconds
 
-pytestmark = pytest.mark.usefixtures("chosen")
+pytestmark = pytest.mark.usefixtures("two_graphs")
 
 
 def test_it_goes_with_the_cache(rng):
@@ -60,7 +60,7 @@ def test_the_file_of_a_net_in_use_is_that_of_training(rng, tmp_path):
     np.testing.assert_allclose(moved, own_graph(imported, x), **CLOSE["float32"])
 
 
-def test_nested_and_on_several_devices(rng, kernel, device, second_device):
+def test_nested_and_on_several_devices(rng, with_kernel, device, second_device):
     inner, net = conv_net(), nn.HybridSequential()
     net.add(inner, nn.Dense(3))
     net.initialize(ctx=[device, second_device])
@@ -79,7 +79,7 @@ def test_nested_and_on_several_devices(rng, kernel, device, second_device):
     assert np.abs(one - other).max() > 1e-3  # the statistics moved on one of them
 
 
-def test_threads(rng, kernel):
+def test_threads(rng, with_kernel):
     net = Wired()
     data = [ready(net, rng), *(mx.nd.array(rng.normal(size=SHAPE)) for _ in range(3))]
     net.hybridize()
@@ -105,7 +105,7 @@ def test_threads(rng, kernel):
             np.testing.assert_allclose(y, wanted, **CLOSE["float32"])
 
 
-def test_a_wrong_input_is_an_error_and_the_next_call_right(rng, kernel):
+def test_a_wrong_input_is_an_error_and_the_next_call_right(rng, with_kernel):
     net = conv_net()
     x = ready(net, rng)
     net.hybridize()
