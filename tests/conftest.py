@@ -126,7 +126,7 @@ def two_graphs(device, monkeypatch):
     """The backend 'auto', where nets have a second graph for inference."""
     if device.device_type != "cpu":
         pytest.skip("the second graph is for CPUs")
-    monkeypatch.setattr(switch, "_chosen", None)
+    monkeypatch.setattr(switch.CHOSEN, "_everywhere", None)
     monkeypatch.delenv("SCRATCHBN_INFERENCE_GRAPH", raising=False)
     with use_backend("auto"):
         yield

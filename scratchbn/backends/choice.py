@@ -7,7 +7,6 @@ another graph, layer by layer.
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +16,7 @@ import mxnet as mx
 from .. import native as kernel
 from .._graph import trace
 from .._graph.arrays import Array, is_symbol
+from .._setting import Setting
 from ..native import OPERATOR, BackendError, cuda
 from .inference.calls import Call
 from .inference.factors import Fact
@@ -33,8 +33,15 @@ _HAS_GPUS = mx.runtime.Features().is_enabled("CUDA")
 
 Kinds = tuple[tuple[int, Any], ...]
 
-_chosen: str | None = None
-_here = threading.local()
+
+def _from_environment() -> str:
+    name = os.environ.get("SCRATCHBN_BACKEND") or "auto"
+    if name not in BACKENDS:
+        raise ValueError(f"SCRATCHBN_BACKEND must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+CHOSEN = Setting(_from_environment)
 
 
 def choose(layer: Layer, x: Array) -> Way:
@@ -150,9 +157,8 @@ def set_backend(name: str) -> None:
     and so is a layer called on symbols unless 'native' was chosen by name. A layer that overrides
     how it computes is always portable.
     """
-    global _chosen
     _check(name)
-    _chosen = name
+    CHOSEN.set(name)
 
 
 @contextmanager
@@ -176,12 +182,8 @@ def use_backend(name: str) -> Iterator[None]:
     'portable'
     """
     _check(name)
-    before = getattr(_here, "chosen", None)
-    _here.chosen = name
-    try:
+    with CHOSEN.use(name):
         yield
-    finally:
-        _here.chosen = before
 
 
 def get_backend() -> str:
@@ -192,13 +194,7 @@ def get_backend() -> str:
     ValueError
         If the environment variable SCRATCHBN_BACKEND is none of the three.
     """
-    name = getattr(_here, "chosen", None) or _chosen
-    if name is not None:
-        return str(name)
-    name = os.environ.get("SCRATCHBN_BACKEND") or "auto"
-    if name not in BACKENDS:
-        raise ValueError(f"SCRATCHBN_BACKEND must be one of {', '.join(BACKENDS)}, got {name!r}")
-    return name
+    return CHOSEN.get()
 
 
 def _check(name: str) -> None:

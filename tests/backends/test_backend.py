@@ -37,7 +37,7 @@ def unbuilt(monkeypatch):
 
 @pytest.fixture
 def unchosen(monkeypatch):
-    monkeypatch.setattr(choice, "_chosen", None)
+    monkeypatch.setattr(choice.CHOSEN, "_everywhere", None)
     monkeypatch.delenv("SCRATCHBN_BACKEND", raising=False)
 
 

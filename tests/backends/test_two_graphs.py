@@ -185,7 +185,7 @@ def test_the_switch(rng, monkeypatch):
     set_inference_graph(True)
     monkeypatch.setenv("SCRATCHBN_INFERENCE_GRAPH", "0")
     check(net, x)
-    monkeypatch.setattr(switch, "_chosen", None)
+    monkeypatch.setattr(switch.CHOSEN, "_everywhere", None)
     assert not inference_graph()
     monkeypatch.setenv("SCRATCHBN_INFERENCE_GRAPH", "1")
     assert inference_graph()

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..._checks import check_flag
+from ..._setting import Setting
 
 _VALUES = {"": True, "1": True, "0": False}
 
-_chosen: bool | None = None
-_here = threading.local()
+
+def _from_environment() -> bool:
+    text = os.environ.get("SCRATCHBN_INFERENCE_GRAPH", "")
+    if text not in _VALUES:
+        raise ValueError(f"SCRATCHBN_INFERENCE_GRAPH must be 0 or 1, got {text!r}")
+    return _VALUES[text]
+
+
+CHOSEN = Setting(_from_environment)
 
 
 def set_inference_graph(on: bool) -> None:
@@ -40,8 +47,7 @@ def set_inference_graph(on: bool) -> None:
     or cannot be written so, keep the graph they have. It takes the memory of a second graph, and
     its results differ from those of the other graph by rounding.
     """
-    global _chosen
-    _chosen = check_flag("on", on)
+    CHOSEN.set(check_flag("on", on))
 
 
 @contextmanager
@@ -64,13 +70,8 @@ def use_inference_graph(on: bool) -> Iterator[None]:
     ...     inference_graph()
     False
     """
-    check_flag("on", on)
-    before = getattr(_here, "chosen", None)
-    _here.chosen = on
-    try:
+    with CHOSEN.use(check_flag("on", on)):
         yield
-    finally:
-        _here.chosen = before
 
 
 def inference_graph() -> bool:
@@ -81,12 +82,4 @@ def inference_graph() -> bool:
     ValueError
         If the environment variable SCRATCHBN_INFERENCE_GRAPH is neither 0 nor 1.
     """
-    chosen = getattr(_here, "chosen", None)
-    if chosen is None:
-        chosen = _chosen
-    if chosen is not None:
-        return bool(chosen)
-    text = os.environ.get("SCRATCHBN_INFERENCE_GRAPH", "")
-    if text not in _VALUES:
-        raise ValueError(f"SCRATCHBN_INFERENCE_GRAPH must be 0 or 1, got {text!r}")
-    return _VALUES[text]
+    return CHOSEN.get()
