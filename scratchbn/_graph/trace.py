@@ -56,8 +56,9 @@ class Trace:
     shared: dict[Any, Array] = field(default_factory=dict)
 
 
-# Given a CachedOp, its graph, which inputs are data, and its flags; returns what is to run.
-Built = Callable[[Any, Array, list[bool], list[tuple[str, Any]]], Any]
+# Given a CachedOp, its graph, also as JSON, which inputs are data, and its flags; returns what is
+# to run.
+Built = Callable[[Any, Array, str, list[bool], list[tuple[str, Any]]], Any]
 
 _when_built: list[Built] = []
 
@@ -150,7 +151,7 @@ def _built_to_execute(build_cache: Callable[..., None]) -> Callable[..., None]:
     def build(block: HybridBlock, *args: Any) -> None:
         if isinstance(block, SymbolBlock):  # it has a graph and nothing to trace
             build_cache(block, *args)
-            return _tell_built(block)
+            return _tell_built(block, block._cached_graph[1].tojson())
         remembered, block._cached_graph = block._cached_graph, ()
         try:
             with executing():
@@ -158,8 +159,9 @@ def _built_to_execute(build_cache: Callable[..., None]) -> Callable[..., None]:
         except BaseException:
             block._cached_graph = remembered
             raise
-        _tell_built(block)
-        if _OURS.search(block._cached_graph[1].tojson()) and not block._backend:
+        text = block._cached_graph[1].tojson()
+        _tell_built(block, text)
+        if _OURS.search(text) and not block._backend:
             block._cached_graph = remembered
             block._get_graph(*args)
 
@@ -171,13 +173,13 @@ def when_built(built: Built) -> None:
     _when_built.append(built)
 
 
-def _tell_built(block: HybridBlock) -> None:
+def _tell_built(block: HybridBlock, text: str) -> None:
     if block._backend:  # the graph is another's
         return
     is_data = [data for data, _ in block._cached_op_args]
     for built in _when_built:
         block._cached_op = built(
-            block._cached_op, block._cached_graph[1], is_data, list(block._flags)
+            block._cached_op, block._cached_graph[1], text, is_data, list(block._flags)
         )
 
 

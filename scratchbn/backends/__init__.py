@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from .._graph.trace import when_built
 from .choice import BACKENDS, BackendError, choose, get_backend, set_backend, use_backend
-from .free_shape import with_free_shape
 from .inference.switch import inference_graph, set_inference_graph, use_inference_graph
-from .inference.two_graphs import with_second_graph
+from .inference.two_graphs import to_run
 from .way import State
 
 __all__ = [
@@ -27,5 +26,4 @@ __all__ = [
     "use_inference_graph",
 ]
 
-when_built(with_free_shape)
-when_built(with_second_graph)
+when_built(to_run)

@@ -7,23 +7,15 @@ and that is how the exchange knows which call an operator belongs to.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
-
-import mxnet as mx
 
 from .._graph.trace import EXCHANGE
 
+Flags = list[tuple[str, Any]]
 
-def with_free_shape(
-    own: Any, symbol: Any, is_data: list[bool], flags: Sequence[tuple[str, Any]]
-) -> Any:
-    """Return what is to run a block whose graph was just built."""
-    if not dict(flags).get("static_shape") or f'"{EXCHANGE}"' not in symbol.tojson():
-        return own
-    inputs = [
-        ("data_indices", [i for i, data in enumerate(is_data) if data]),
-        ("param_indices", [i for i, data in enumerate(is_data) if not data]),
-    ]
-    others = [(flag, value) for flag, value in flags if flag != "static_shape"]
-    return mx.nd.CachedOp(symbol, [*inputs, *others])
+
+def free_shape(text: str, flags: Flags) -> Flags:
+    """Return the flags that a graph with this JSON may be run with."""
+    if f'"{EXCHANGE}"' not in text:
+        return flags
+    return [(flag, value) for flag, value in flags if flag != "static_shape"]

@@ -21,7 +21,7 @@ def native(layer: Layer, F: Any, x: Array, state: State) -> Array:
     """Normalize a batch by one operator, in training and in inference."""
     if _on_gpu(x):  # there the operator takes float16 and computes in float32
         return _normalize(layer, F, x, state, half=True)
-    return in_float32(_normalize)(layer, F, x, state)
+    return _in_float32(layer, F, x, state)
 
 
 def _normalize(layer: Layer, F: Any, x: Array, state: State, **more: Any) -> Array:
@@ -43,6 +43,9 @@ def _normalize(layer: Layer, F: Any, x: Array, state: State, **more: Any) -> Arr
         **more,
     )
     return y if relu else layer.activate(F, y)
+
+
+_in_float32 = in_float32(_normalize)
 
 
 def _now(F: Any, x: Array, state: State, may_train: bool, **options: Any) -> Array:

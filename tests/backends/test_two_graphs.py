@@ -5,6 +5,8 @@ import threading
 
 import scratchbn
 from scratchbn import (
+    ScratchBatchNorm,
+    ScratchSyncBatchNorm,
     native,
     set_inference_graph,
     use_backend,
@@ -202,3 +204,26 @@ def test_the_switch_takes_a_bool(value):
         pass
     assert inference_graph()
     assert scratchbn.set_inference_graph is set_inference_graph
+
+
+def test_no_graph_through_which_devices_share_has_a_static_shape(monkeypatch, with_kernel):
+    if with_kernel == "no kernel":
+        pytest.skip("there is one graph then")
+    made, make = {}, mx.nd.CachedOp
+
+    def remember(symbol, flags):
+        op = make(symbol, flags)
+        made[op] = dict(flags)
+        return op
+
+    monkeypatch.setattr(mx.nd, "CachedOp", remember)
+    net = nn.HybridSequential()
+    net.add(nn.Conv2D(8, 3), ScratchBatchNorm(), nn.Activation("relu"))
+    net.add(nn.Dense(3), ScratchSyncBatchNorm())
+    net.initialize()
+    net.hybridize(static_alloc=True, static_shape=True)
+    net(mx.nd.ones((2, 3, 6, 6)))
+    op = net._cached_op
+    assert op._own is not op._lean, "a graph with fewer nodes"
+    for one in (op._own, op._lean):
+        assert made[one]["static_alloc"] and "static_shape" not in made[one]

@@ -14,6 +14,7 @@ from mxnet import autograd
 from ..._graph.nodes import Graph
 from ...native import OPERATOR
 from ..choice import Kinds, get_backend, infers_apart, why_kept
+from ..free_shape import Flags, free_shape
 from ..leaner import infer_only, leaner
 from ..marker import KEY
 from ..traced import Traced
@@ -53,16 +54,14 @@ class TwoGraphs(Traced):
     is_data : list of bool
         Which of its inputs are data and not Parameters.
     flags : list of pair
-        What the block was hybridized with.
+        What the block is run with.
     """
 
-    def __init__(
-        self, own: Any, symbol: Any, is_data: Sequence[bool], flags: Sequence[tuple[str, Any]]
-    ) -> None:
+    def __init__(self, own: Any, symbol: Any, is_data: Sequence[bool], flags: Flags) -> None:
         super().__init__(own, symbol)
         self._symbol = symbol
         self._data = [i for i, data in enumerate(is_data) if data]
-        self._flags = list(flags)
+        self._flags = flags
         lean = leaner(symbol)
         if lean is not None:
             self.trains = lean
@@ -156,23 +155,29 @@ class TwoGraphs(Traced):
 
     def _runner(self, symbol: Any, used: Sequence[int]) -> Any:
         """Return what runs a graph that takes these of the inputs, hybridized as the block is."""
-        data = [i for i, source in enumerate(used) if source in self._data]
-        parameters = [i for i, source in enumerate(used) if source not in self._data]
-        flags = [("data_indices", data), ("param_indices", parameters), *self._flags]
-        return mx.nd.CachedOp(symbol, flags)
+        return _cached_op(symbol, [source in self._data for source in used], self._flags)
 
 
-def with_second_graph(
-    own: Any, symbol: Any, is_data: list[bool], flags: Sequence[tuple[str, Any]]
-) -> Any:
-    """Return what is to run a block whose graph was just built, with a second graph if it may."""
-    text = symbol.tojson()
+def _cached_op(symbol: Any, is_data: Sequence[bool], flags: Flags) -> Any:
+    data = [i for i, is_one in enumerate(is_data) if is_one]
+    parameters = [i for i, is_one in enumerate(is_data) if not is_one]
+    return mx.nd.CachedOp(symbol, [("data_indices", data), ("param_indices", parameters), *flags])
+
+
+def to_run(own: Any, symbol: Any, text: str, is_data: list[bool], flags: Flags) -> Any:
+    """Return what is to run a block whose graph was just built, with a second graph if it may.
+
+    `text` is the JSON of `symbol`.
+    """
     has_layers = f'"{KEY}"' in text or f'"op": "{OPERATOR}"' in text
+    allowed = free_shape(text, flags)
+    if allowed != flags:
+        own = _cached_op(symbol, is_data, allowed)
     if not has_layers:
         return own
     if get_backend() != "auto":  # chosen by name: what was traced is what runs
         return Traced(own, symbol)
-    return TwoGraphs(own, symbol, is_data, flags)
+    return TwoGraphs(own, symbol, is_data, allowed)
 
 
 def _facts(graph: Graph, calls: list[Call], given: dict[str, Array]) -> list[Fact]:
