@@ -8,7 +8,6 @@ script that ``--run`` names.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import shutil
 import subprocess
@@ -17,7 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scratchbn._command import Parser, fail
-from scratchbn._writing import staged, write_text
+from scratchbn._writing import staged
+
+import locked_venv
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 VENV = REPOSITORY / ".venv-cu112"
@@ -42,18 +43,9 @@ def make_venv() -> None:
     """Install the locked packages, with mxnet-cu112 for mxnet; nothing if that is done already."""
     pins = pins_without_mxnet((REPOSITORY / "requirements.lock").read_text())
     project = (REPOSITORY / "pyproject.toml").read_text()
-    wanted = hashlib.sha256((pins + project).encode()).hexdigest()
-    ready = VENV / ".ready"
-    if ready.exists() and ready.read_text() == wanted:
-        return
-    print(f"installing mxnet-cu112 and the CUDA libraries, several GB, into {VENV}", flush=True)
-    subprocess.run([sys.executable, "-m", "venv", VENV], check=True)
-    requirements = VENV / "requirements.txt"
-    requirements.write_text(pins)
-    install = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check"]
-    packages = ["-r", str(requirements), "-e", f"{REPOSITORY}[cu112]"]
-    subprocess.run([*install, *packages], check=True)
-    write_text(ready, wanted)
+    packages = ["-e", f"{REPOSITORY}[cu112]"]
+    note = "mxnet-cu112 and the CUDA libraries, several GB,"
+    locked_venv.make_venv(VENV, pins, *packages, key=project, note=note)
 
 
 def wants_gpu(arguments: Sequence[str]) -> bool:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
-from scratchbn._writing import write_text
+import locked_venv
 
 from .standins import build
 
@@ -39,17 +37,8 @@ def make_venv() -> None:
     """Install the packages; nothing if that is done already."""
     lock = (REPOSITORY / "requirements.lock").read_text("utf-8")
     wanted = requirements(lock, (REPOSITORY / "pyproject.toml").read_text("utf-8"))
-    fingerprint = hashlib.sha256(wanted.encode()).hexdigest()
-    ready = VENV / ".ready"
-    if ready.exists() and ready.read_text() == fingerprint:
-        return
-    print(f"installing mxnet-cu112 (500 MB) and NVRTC into {VENV}", flush=True)
-    subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
-    listed = VENV / "requirements.txt"
-    listed.write_text(wanted)
-    install = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--no-deps"]
-    subprocess.run([*install, "--quiet", "-r", str(listed)], check=True)
-    write_text(ready, fingerprint)
+    note = "mxnet-cu112 (500 MB) and NVRTC"
+    locked_venv.make_venv(VENV, wanted, "--no-deps", "--quiet", note=note)
 
 
 def site_packages() -> Path:
