@@ -204,7 +204,7 @@ def is_hybridized(block: Any) -> bool:
 
 def runs_own_graph(block: Any) -> bool:
     """Tell whether a block runs as a graph that no backend of MXNet has rewritten."""
-    return (block._active or isinstance(block, SymbolBlock)) and not block._backend
+    return is_hybridized(block) and not block._backend
 
 
 def accepts(block: Any, arguments: tuple[Any, ...]) -> bool:

@@ -74,8 +74,8 @@ class ScratchBatchNorm(HybridBlock):
     gamma, beta : Parameter, shape (C,)
         Trainable; with ``grad_req='null'`` and unused where `scale` or `center` is False.
     running_mean, running_var : Parameter, shape (C,)
-        ``grad_req='null'``. float32 for input of float16, bfloat16 and
-        float32; float64 for float64.
+        ``grad_req='null'``. float32 for input of float16, bfloat16 and float32; float64 for
+        float64.
 
     Raises
     ------

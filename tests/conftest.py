@@ -140,3 +140,10 @@ def with_kernel(request, monkeypatch):
     elif not native.available():
         pytest.skip("the kernel has not been built")
     return request.param
+
+
+@pytest.fixture
+def kernel_cache(tmp_path, monkeypatch):
+    """An empty folder of compiled kernels, which is not there yet."""
+    monkeypatch.setenv("SCRATCHBN_CACHE", str(tmp_path))
+    return tmp_path / "native"

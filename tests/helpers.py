@@ -36,6 +36,15 @@ CLOSE = {
 BFLOAT16 = np.dtype([("bfloat16", np.uint16)])  # as MXNet has it
 
 
+def make(*arguments, env=None, **variables):
+    """Run `make` in the repository as a fresh shell does, also where `make` runs the tests."""
+    given = [f"{name}={value}" for name, value in variables.items()]
+    theirs = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "ARGS", "PYTHON", "VENV"}
+    kept = {name: value for name, value in os.environ.items() if name not in theirs}
+    command = ["make", "--no-print-directory", "-C", str(REPOSITORY), *arguments, *given]
+    return subprocess.run(command, capture_output=True, text=True, env=env or kept)
+
+
 def load_kernel(device):
     """Load the compiled kernel for a device; skip the test where it cannot be had."""
     try:

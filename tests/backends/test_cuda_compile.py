@@ -30,12 +30,6 @@ def nvrtc():
         pytest.skip(str(error))
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SCRATCHBN_CACHE", str(tmp_path))
-    return tmp_path / "native"
-
-
 # From the oldest to the newest; the others take some 6 s each and differ from these by little.
 @pytest.mark.parametrize("capability", [50, 75, 80, 90])
 def test_kernels_compile_without_spills(nvrtc, capability):
@@ -112,23 +106,23 @@ def no_compiler(monkeypatch):
         monkeypatch.setattr(module, "Nvrtc", missing)
 
 
-def test_code_is_compiled_once(cache, compiler):
+def test_code_is_compiled_once(kernel_cache, compiler):
     assert _compile.image(80) == _compile.image(80) == b"sm_80 1"
     assert _compile.image(86) == b"sm_80 2", "another card"
     assert _compile.image(80, force=True) == b"sm_80 3"
-    assert sorted(p.name.split("-")[1] for p in cache.iterdir()) == ["sm_80", "sm_86"]
+    assert sorted(p.name.split("-")[1] for p in kernel_cache.iterdir()) == ["sm_80", "sm_86"]
 
 
-def test_the_name_of_the_code_follows_the_source(cache, compiler, monkeypatch, tmp_path):
+def test_the_name_of_the_code_follows_the_source(kernel_cache, compiler, monkeypatch, tmp_path):
     before = _compile.image_path(80)
     monkeypatch.setattr(_compile, "OPTIONS", ("--std=c++17",))
     assert _compile.image_path(80) != before
 
 
-def test_what_is_in_the_cache_needs_no_compiler(cache, compiler, monkeypatch, no_compiler):
+def test_what_is_in_the_cache_needs_no_compiler(kernel_cache, compiler, monkeypatch, no_compiler):
     with pytest.raises(BackendError, match="no NVRTC"):
         _compile.image(80)
-    cache.mkdir()
+    kernel_cache.mkdir()
     _compile.image_path(80).write_bytes(b"kept")
     assert _compile.image(80) == b"kept"
 
@@ -166,10 +160,10 @@ def test_a_card_that_is_not_listed_is_refused(fresh, compiler, monkeypatch):
         cuda.load({3})
 
 
-def test_a_card_without_a_compiler(fresh, cache, no_compiler, monkeypatch):
+def test_a_card_without_a_compiler(fresh, kernel_cache, no_compiler, monkeypatch):
     monkeypatch.setattr(_load, "query_driver", lambda: ONE_CARD)
     assert cuda.facts() == {"nvrtc": None, "code": {"8.0": None}, "problem": "no NVRTC"}
-    cache.mkdir()
+    kernel_cache.mkdir()
     _compile.image_path(80).write_bytes(b"kept")
     assert cuda.facts()["problem"] is None
 
@@ -188,7 +182,7 @@ class Library:
         return bool(self.refusal)
 
 
-def test_code_for_all_cards_is_handed_over(fresh, cache, compiler, monkeypatch):
+def test_code_for_all_cards_is_handed_over(fresh, kernel_cache, compiler, monkeypatch):
     """A net that is traced with arrays of one device runs on all that hold its Parameters."""
     library = Library()
     monkeypatch.setattr(ctypes, "CDLL", lambda path: library)
@@ -199,7 +193,7 @@ def test_code_for_all_cards_is_handed_over(fresh, cache, compiler, monkeypatch):
     assert cuda.build() == {c: str(_compile.image_path(n)) for c, n in (("8.0", 80), ("9.0", 90))}
 
 
-def test_a_card_that_does_not_take_the_code_is_not_used(fresh, cache, compiler, monkeypatch):
+def test_a_card_that_does_not_take_the_code_is_not_used(fresh, kernel_cache, compiler, monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda path: Library(b"PTX too new"))
     monkeypatch.setattr(_load, "query_driver", lambda: ONE_CARD)
     assert not cuda.available({0})

@@ -6,12 +6,13 @@
 
 import os
 
-from scratchbn import BackendError, ScratchBatchNorm, ScratchBatchNormReLU, native, use_backend
+from scratchbn import ScratchBatchNorm, ScratchBatchNormReLU, native, use_backend
 from scratchbn.parity.oracle import OracleBatchNorm
 
 import mxnet as mx
 import numpy as np
 import pytest
+from helpers import load_kernel
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mxnet import autograd
@@ -30,10 +31,7 @@ ODD = st.sampled_from([float("nan"), float("inf"), float("-inf"), 3e38, 1e-45, -
 
 @pytest.fixture(autouse=True, scope="module")
 def kernel():
-    try:
-        native.load()
-    except BackendError as error:
-        pytest.skip(str(error))
+    load_kernel(mx.cpu())
 
 
 # --- layers ---------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import kernel_cases
 import mxnet as mx
 import numpy as np
 import pytest
+from helpers import load_kernel
 from mxnet import autograd
 
 compiles = pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler")
@@ -22,16 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def kernel():
-    try:
-        native.load()
-    except BackendError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SCRATCHBN_CACHE", str(tmp_path))
-    return tmp_path / "native"
+    load_kernel(mx.cpu())
 
 
 # What it computes
@@ -116,7 +108,7 @@ def test_data_of_unknown_shape_is_an_error_and_no_crash(kernel):
 
 
 @compiles
-def test_the_build_for_any_processor_gives_the_formulas_on_three_threads(cache):
+def test_the_build_for_any_processor_gives_the_formulas_on_three_threads(kernel_cache):
     program = (
         "import scratchbn, runpy, sys\n"
         "from scratchbn.native import _build\n"
@@ -138,10 +130,10 @@ def test_the_build_for_any_processor_gives_the_formulas_on_three_threads(cache):
 
 
 @compiles
-def test_a_library_is_built_once_for_each_source_and_processor(cache, monkeypatch):
+def test_a_library_is_built_once_for_each_source_and_processor(kernel_cache, monkeypatch):
     first = native.build()
-    assert first.parent == cache
-    assert [p.name for p in cache.iterdir()] == [first.name]  # nothing half-written is left
+    assert first.parent == kernel_cache
+    assert [p.name for p in kernel_cache.iterdir()] == [first.name]  # nothing half-written is left
     written = first.stat().st_mtime_ns
     assert native.build() == first
     assert first.stat().st_mtime_ns == written
@@ -150,14 +142,14 @@ def test_a_library_is_built_once_for_each_source_and_processor(cache, monkeypatc
     monkeypatch.setattr(_build, "_FLAGS", (*_build._FLAGS, "-DANOTHER"))
     assert native.library_path() != first
     monkeypatch.undo()
-    monkeypatch.setenv("SCRATCHBN_CACHE", str(cache.parent))
+    monkeypatch.setenv("SCRATCHBN_CACHE", str(kernel_cache.parent))
     monkeypatch.setenv("PATH", "")  # what was built serves where nothing can be built
     monkeypatch.delenv("CXX", raising=False)
     assert native.compiler() is None
     assert native.build() == first
 
 
-def test_without_a_compiler_the_error_says_what_to_install(cache, monkeypatch):
+def test_without_a_compiler_the_error_says_what_to_install(kernel_cache, monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(BackendError, match=r"no C\+\+ compiler found.*apt-get install g\+\+"):
@@ -166,15 +158,15 @@ def test_without_a_compiler_the_error_says_what_to_install(cache, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(BackendError, match="CXX='no-such-compiler' is not a program"):
         native.build()
-    assert not cache.exists()
+    assert not kernel_cache.exists()
 
 
 @compiles
-def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(cache, monkeypatch):
+def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(kernel_cache, monkeypatch):
     monkeypatch.setattr(_build, "_FLAGS", (*_build._FLAGS, "--no-such-flag"))
     with pytest.raises(BackendError, match=r"(?s)could not build the kernel.*no-such-flag"):
         native.build()
-    assert list(cache.iterdir()) == []
+    assert list(kernel_cache.iterdir()) == []
 
 
 def test_an_unwritable_cache_is_an_error(tmp_path, monkeypatch):

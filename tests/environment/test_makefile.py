@@ -2,22 +2,15 @@
 
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers import REPOSITORY, make
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).parents[2]
 PYTHONS = ("3.9", "3.10", "3.11")
 HERE = "{}.{}".format(*sys.version_info)
-
-
-def make(*arguments, **variables):
-    given = [f"{name}={value}" for name, value in variables.items()]
-    command = ["make", "--no-print-directory", "-C", str(ROOT), *arguments, *given]
-    return subprocess.run(command, capture_output=True, text=True)
 
 
 def interpreter(path, version):
@@ -35,7 +28,9 @@ def interpreter(path, version):
 
 
 def test_help_has_a_line_for_each_target():
-    targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M).group(1).split()
+    targets = (
+        re.search(r"^\.PHONY: (.*)$", (REPOSITORY / "Makefile").read_text(), re.M).group(1).split()
+    )
     lines = make("help").stdout.splitlines()
     told = {line.split()[1]: line.split(maxsplit=2)[2:] for line in lines}
     assert set(told) == set(targets) - {"rebuild"}
@@ -83,8 +78,7 @@ def test_environment_of_another_python_is_made_anew(tmp_path, has, asked, rebuil
 def test_python_of_a_new_environment_is_one_that_mxnet_can_use(tmp_path):
     interpreter(tmp_path / "python3", (3, 13, 0))
     path = f"{tmp_path}:{Path(shutil.which(f'python{HERE}')).parent}:/usr/bin:/bin"
-    command = ["make", "-n", "-C", str(ROOT), "lint", f"VENV={tmp_path / 'venv'}"]
-    done = subprocess.run(command, capture_output=True, text=True, env={"PATH": path})
+    done = make("-n", "lint", VENV=tmp_path / "venv", env={"PATH": path})
     assert re.search(r"python3\.(9|10|11) -m venv", done.stdout), done.stdout + done.stderr
 
 
@@ -96,11 +90,11 @@ def test_lock_pins_every_package_once(python):
         "sys_platform": "linux",
         "platform_python_implementation": "CPython",
     }
-    lines = (ROOT / "requirements.lock").read_text().split("\n")
+    lines = (REPOSITORY / "requirements.lock").read_text().split("\n")
     pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
     names = [pin.name for pin in pins if pin.marker is None or pin.marker.evaluate(marks)]
     assert len(names) == len(set(names))
-    project = (ROOT / "pyproject.toml").read_text()
+    project = (REPOSITORY / "pyproject.toml").read_text()
     wanted = set()
     for extra in ("cpu", "gluoncv", "onnx", "demo", "report", "test"):
         block = re.search(rf"^{extra} = \[(.*?)\]", project, re.M | re.S).group(1)

@@ -50,6 +50,14 @@ def imported(net):
     return block
 
 
+def imported_inside(net, hybridize):
+    """What `imported` returns, and a net that it is in."""
+    block, outer = imported(net), nn.HybridSequential()
+    outer.add(block)
+    outer.hybridize(hybridize)
+    return block, outer
+
+
 def state(block):
     mx.nd.waitall()
     return {name: p.data().asnumpy() for name, p in block.collect_params().items()}
@@ -74,11 +82,7 @@ def assert_same(one, other, rtol=1e-5):
 @pytest.mark.parametrize("kind", LAYERS)
 def test_frozen_trained_unfrozen_as_the_layers_are(kind, hybridize):
     net = live(kind)
-    block = imported(net)
-    outer = nn.HybridSequential()
-    outer.add(block)
-    if hybridize:
-        outer.hybridize()
+    block, outer = imported_inside(net, hybridize)
     outer(batches(1)[0])
     names = tuple(f"0.{net[i].name}" for i in (1, 3))
     assert freeze(outer, parameters=True) == names
@@ -181,11 +185,7 @@ def test_frozen_norms_are_converted_frozen():
 @pytest.mark.parametrize("mode", ["population", "cumulative"])
 def test_recalibrated_as_the_layers_are(kind, hybridize, mode):
     net = live(kind)
-    block = imported(net)
-    outer = nn.HybridSequential()
-    outer.add(block)
-    if hybridize:
-        outer.hybridize()
+    block, outer = imported_inside(net, hybridize)
     before = state(block)
     data = batches(5, seed=4)
     assert recalibrate(net, data, mode=mode, progress=False) == 5
@@ -211,12 +211,8 @@ def test_an_error_leaves_the_statistics():
 @pytest.mark.parametrize("kind", ["builtin", "scratch"])
 def test_monitored_as_the_layers_are(kind, hybridize):
     net = live(kind)
-    block = imported(net)
-    outer = nn.HybridSequential()
-    outer.add(block)
-    if hybridize:
-        outer.hybridize()
-        net.hybridize()
+    _, outer = imported_inside(net, hybridize)
+    net.hybridize(hybridize)
     with Monitor(net) as one, Monitor(outer) as other:
         for x in batches():
             train(net, [x])

@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 import suite_on_cu112
-from helpers import REPOSITORY
+from helpers import make
 
 
 @pytest.mark.parametrize(
@@ -71,6 +71,6 @@ def test_what_is_run_with_a_driver(arguments, program, monkeypatch):
     ],
 )
 def test_make_train_takes_the_cuda_wheel_for_a_gpu(arguments, command):
-    make = ["make", "-n", "-o", "ready", "READY=ready", "train", f"ARGS={arguments}"]
-    said = subprocess.run(make, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout
-    assert said.splitlines()[-1].strip() == f".venv/bin/python {command}"
+    done = make("-n", "-o", "ready", "train", READY="ready", ARGS=arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].strip() == f".venv/bin/python {command}"

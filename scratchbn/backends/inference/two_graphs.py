@@ -40,10 +40,9 @@ class Second(NamedTuple):
 class TwoGraphs(Traced):
     """Stands in the place of a block's CachedOp, and calls a second one in inference.
 
-    It lives as long as the graph that the block was traced to,
-    and is handed the data and the Parameters with each call, on whatever device; so there is
-    nothing to be told when they change. The second graph is built when it is first needed, for
-    each rank and type of the inputs.
+    It lives as long as the graph that the block was traced to, and is handed the data and the
+    Parameters with each call, on whatever device; so there is nothing to be told when they change.
+    The second graph is built when it is first needed, for each rank and type of the inputs.
 
     Parameters
     ----------
