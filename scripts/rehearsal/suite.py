@@ -17,9 +17,11 @@ from .recorder import DONE, RESULTS
 
 TESTS = (
     *(f"tests/contract/test_contract_{part}.py" for part in (
-        "shapes", "reuse", "modes", "parameters", "training", "interop", "neighbours"
+        "shapes", "reuse", "modes", "graphs", "np_arrays", "parameters", "dtypes", "training",
+        "interface", "export", "keeping", "subclasses", "neighbours"
     )),
-    "tests/contract/test_conformance.py",
+    "tests/contract/test_conformance_steps.py",
+    "tests/contract/test_conformance_histories.py",
     "tests/contract/test_export_promise.py",
     "tests/nets/test_convert.py",
     "tests/nets/test_recalibrate.py",
