@@ -17,7 +17,11 @@ from .recorder import DONE, RESULTS
 
 TESTS = (
     *(f"tests/contract/test_contract_{part}.py" for part in (
-        "shapes", "reuse", "modes", "parameters", "training", "interop", "neighbours"
+        "ranks", "refusals", "precision",
+        "reuse", "added_gradients", "graph_passes", "devices",
+        "modes", "parameters",
+        "training", "inference", "running_average",
+        "interop", "neighbours",
     )),
     "tests/contract/test_conformance.py",
     "tests/contract/test_export_promise.py",
