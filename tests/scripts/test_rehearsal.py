@@ -405,6 +405,8 @@ def test_requirements_are_the_locked_ones_with_the_cuda_wheel():
 
 def test_the_list_of_tests_is_there():
     assert [file for file in suite.TESTS if not (REPOSITORY / file).is_file()] == []
+    assert "tests/contract/test_contract_training.py" in suite.TESTS
+    assert "tests/contract/test_conformance_steps.py" in suite.TESTS
 
 
 def test_it_ends_with_1_if_something_broke(monkeypatch, tmp_path, capsys):

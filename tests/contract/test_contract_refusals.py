@@ -1,4 +1,4 @@
-"""Clauses 8 and 9 of the contract: any rank and axis, clear errors, and numerical care."""
+"""Clause 8 of the contract: bad arguments and bad data are clear errors, and change nothing."""
 
 import json
 import subprocess
@@ -7,108 +7,11 @@ import sys
 from scratchbn import ScratchBatchNorm, ScratchBatchNormReLU
 from scratchbn.parity.oracle import OracleBatchNorm
 
-import hypothesis
-import hypothesis.strategies as st
 import mxnet as mx
 import numpy as np
 import pytest
-from helpers import (
-    BLOCK_MODES,
-    CLOSE,
-    MODES,
-    REPOSITORY,
-    STATE,
-    array,
-    check_step,
-    in_mode,
-    infer,
-    take_step,
-    train_forward,
-)
+from helpers import CLOSE, REPOSITORY, STATE, array
 from mxnet import autograd, gluon
-
-SHAPES = {2: (5, 3), 3: (4, 3, 2), 4: (3, 2, 4, 5), 5: (2, 3, 2, 4, 2), 6: (2, 3, 2, 1, 3, 2)}
-AXES = [(rank, axis) for rank in SHAPES for axis in range(-rank, rank)]
-every_mode = pytest.mark.parametrize("mode", MODES)
-
-
-# Clause 8: ranks and axes
-
-
-@every_mode
-@pytest.mark.parametrize(("rank", "axis"), AXES)
-def test_every_rank_and_axis(build, rng, mode, rank, axis):
-    shape = SHAPES[rank]
-    subject = build(mode, shape, axis=axis, unbiased_variance=True)
-    for training in (True, False):
-        x, dy = rng.normal(size=shape) + 1, rng.normal(size=shape)
-        expected = (subject.oracle.train_step if training else subject.oracle.infer_step)(x, dy)
-        check_step(take_step(subject, x, dy, record_train=training), expected)
-        subject.check_statistics(rtol=1e-12)
-
-
-@every_mode
-@pytest.mark.parametrize("shape", [(1, 1), (7, 1), (1, 5, 4), (3, 1, 1), (2, 64, 1, 1), (2, 1024)])
-def test_single_values_and_many_channels(build, rng, mode, shape):
-    subject = build(mode, shape)
-    x, dy = rng.normal(size=shape) + 1, rng.normal(size=shape)
-    check_step(take_step(subject, x, dy), subject.oracle.train_step(x, dy))
-    subject.check_statistics(rtol=1e-12)
-    np.testing.assert_allclose(infer(subject, x), subject.oracle.infer(x), **CLOSE["float64"])
-
-
-@pytest.mark.parametrize("axis", [1, -1])
-@pytest.mark.parametrize("mode", BLOCK_MODES)
-def test_one_layer_takes_several_ranks(device, rng, mode, axis):
-    """Two layers sharing parameters would do the same; one eager layer must not remember a rank."""
-    layer = ScratchBatchNorm(axis=axis, in_channels=3)
-    layer.initialize(ctx=device)
-    layer.cast("float64")
-    oracle = OracleBatchNorm.fresh(3, axis=axis)
-    net = in_mode(layer, mode)
-    for shape in ((4, 3, 3, 3), (5, 3), (2, 3, 3), (4, 3, 3, 3)):
-        x = rng.normal(size=shape)
-        if mode != "eager":
-            net.hybridize()
-        with autograd.train_mode():
-            y = net(array(x, device))
-        np.testing.assert_allclose(y.asnumpy(), oracle.train(x), **CLOSE["float64"])
-
-
-@hypothesis.settings(
-    max_examples=60, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
-)
-@hypothesis.given(data=st.data())
-def test_any_combination_of_options(build, data):
-    """Ranks, axes, options and modes beyond those listed in the other tests."""
-    shape = tuple(data.draw(st.lists(st.integers(1, 4), min_size=2, max_size=5), "shape"))
-    rng = np.random.default_rng(data.draw(st.integers(0, 2**16), "seed"))
-    subject = build(
-        data.draw(st.sampled_from(MODES), "mode"),
-        shape,
-        axis=data.draw(st.integers(-len(shape), len(shape) - 1), "axis"),
-        momentum=data.draw(st.none() | st.floats(0, 1, allow_subnormal=False), "momentum"),
-        epsilon=data.draw(st.sampled_from([1e-8, 1e-5, 1e-3, 1.0]), "epsilon"),
-        center=data.draw(st.booleans(), "center"),
-        scale=data.draw(st.booleans(), "scale"),
-        use_global_stats=data.draw(st.booleans(), "use_global_stats"),
-        unbiased_variance=data.draw(st.booleans(), "unbiased_variance"),
-        layer_class=data.draw(st.sampled_from([ScratchBatchNorm, ScratchBatchNormReLU]), "class"),
-    )
-    for training in data.draw(st.lists(st.booleans(), min_size=1, max_size=4), "training"):
-        x = rng.normal(size=shape) * 3 + rng.normal()
-        dy = rng.normal(size=shape)
-        expected = (subject.oracle.train_step if training else subject.oracle.infer_step)(x, dy)
-        actual = take_step(subject, x, dy, record_train=training)
-        # A channel of one value is a constant: rounding is divided by the root of epsilon.
-        loose = {"rtol": 1e-8, "atol": 1e-8}
-        np.testing.assert_allclose(actual.y, expected.y, **loose)
-        size = max(
-            1.0, np.abs(expected.dx).max(), np.abs(dy).max() / np.sqrt(subject.oracle.epsilon)
-        )
-        np.testing.assert_allclose(actual.dx / size, expected.dx / size, **loose)
-        subject.check_statistics()
-
 
 # Clause 8: bad arguments
 
@@ -376,84 +279,3 @@ def test_bad_data_in_a_graph_is_a_clean_error(graph_outcomes, case, mode, traini
     assert outcome[0] not in ("crashed", "returned"), outcome
     assert {"MXNetError", "ValueError", "TypeError"} & set(outcome[1]), outcome
     assert still_works is True, still_works
-
-
-# Clause 9: numerical care
-
-
-@every_mode
-@pytest.mark.parametrize("mean", [1e5, -1e5, 1e4])
-def test_large_means_lose_nothing_visible_in_float32(build, rng, mode, mean):
-    shape = (64, 2, 8, 8)
-    subject = build(
-        mode, shape, dtype="float32", momentum=0.0, values={"gamma": [1.0, 1.0], "beta": [0.0, 0.0]}
-    )
-    x = (rng.normal(size=shape) + mean).astype("float32")
-    dy = rng.normal(size=shape).astype("float32")
-    step, expected = take_step(subject, x, dy), subject.oracle.train_step(x, dy)
-    running_mean, running_var = subject.statistics()
-    # Neighbouring float32 numbers are 0.008 apart at 1e5. A plain float32 mean is several of them
-    # off and shifts the output by hundredths; one pass, E[x^2] - E[x]^2, is wrong by hundreds.
-    np.testing.assert_allclose(running_mean, subject.oracle.running_mean, rtol=1e-7)
-    np.testing.assert_allclose(running_var, subject.oracle.running_var, rtol=1e-5)
-    np.testing.assert_allclose(step.y.std(axis=(0, 2, 3)), 1, atol=2e-5)
-    np.testing.assert_allclose(step.y, expected.y, atol=1e-4)
-    np.testing.assert_allclose(step.dx, expected.dx, atol=1e-4)
-
-
-@every_mode
-@pytest.mark.parametrize("value", [1 / 3, 1e3 / 3, -1e4 / 7])
-def test_a_constant_channel_has_no_variance(build, mode, value):
-    """Nothing but the rounding of its mean, seven digits in, and never a negative variance."""
-    subject = build(mode, (50, 2, 7), dtype="float32", momentum=0.0)
-    y = train_forward(subject, np.full((50, 2, 7), value, np.float32))
-    _, var = subject.statistics()
-    rounding = 2e-7 * abs(value)
-    assert (var >= 0).all()
-    assert (var <= rounding**2).all()
-    allowed = rounding / np.sqrt(subject.oracle.epsilon) * np.abs(subject.oracle.gamma) + 1e-6
-    assert (np.abs(y - subject.oracle.beta[:, None]) <= allowed[:, None]).all()
-
-
-@every_mode
-@pytest.mark.parametrize("scale", [1e-18, 1e-6, 1e6, 1e18])
-def test_extreme_scales_in_float32(build, rng, mode, scale):
-    """Squares of 1e18 fit float32 barely; a sum of squares over the batch must fit as well."""
-    subject = build(mode, (16, 3), dtype="float32", momentum=0.0, epsilon=1e-30)
-    x = (rng.normal(size=(16, 3)) * scale).astype("float32")
-    y = train_forward(subject, x)
-    expected = subject.oracle.train(x)
-    np.testing.assert_allclose(subject.statistics()[1], subject.oracle.running_var, rtol=1e-5)
-    if scale > 1e-18:  # below, epsilon matters and is itself near the smallest float32
-        np.testing.assert_allclose(y, expected, **CLOSE["float32"])
-
-
-@pytest.mark.parametrize("mode", ["eager", "hybrid", "exported"])
-@pytest.mark.parametrize("mean", [0.0, 3.0, 100.0])
-def test_large_reductions_keep_five_digits(build, mode, mean):
-    """Four million values per channel: a naive float32 sum would stop growing."""
-    shape = (4, 2, 1024, 1024)
-    rng = np.random.default_rng(7)
-    subject = build(mode, shape, dtype="float32", momentum=0.0)
-    x = rng.standard_normal(size=shape, dtype="float32")
-    x += np.float32(mean)
-    with autograd.train_mode():
-        subject(subject.array(x))
-    exact = [(np.mean(c, dtype="float64"), np.var(c, dtype="float64")) for c in (x[:, 0], x[:, 1])]
-    running_mean, running_var = subject.statistics()
-    np.testing.assert_allclose(running_var, [e[1] for e in exact], rtol=1e-5)
-    np.testing.assert_allclose(running_mean, [e[0] for e in exact], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("mode", ["eager", "hybrid"])
-def test_large_reductions_in_the_gradient(build, mode):
-    """dgamma and dbeta are sums over a million values too."""
-    shape = (2, 2, 1024, 1024)
-    rng = np.random.default_rng(8)
-    subject = build(mode, shape, dtype="float32")
-    x = rng.standard_normal(size=shape, dtype="float32")
-    dy = rng.standard_normal(size=shape, dtype="float32") + np.float32(1)
-    step, expected = take_step(subject, x, dy), subject.oracle.train_step(x, dy)
-    np.testing.assert_allclose(step.dbeta, expected.dbeta, rtol=1e-5)
-    np.testing.assert_allclose(step.dgamma, expected.dgamma, rtol=1e-5, atol=0.05)
-    np.testing.assert_allclose(step.dx, expected.dx, rtol=1e-3, atol=1e-4)
