@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from ..backends.inference.calls import Call, described
 from ..backends.inference.factors import Fact
 from ..backends.inference.rewrite import has_bias_per_channel, rewrite
 from ._files import known_shapes, load_params, load_symbol, plain_name
-from ._lower.infer import ranks_of
-from ._norm_nodes import check_parameters, obstacle, with_more_outputs
+from ._inference import infer_types
+from ._lower.infer import ranks_of, shapes_of
+from ._norm_nodes import check_parameters, epsilon_of, obstacle, with_more_outputs
 from ._verify import verify as compare
 
 __all__ = ["write_inference_symbol"]
@@ -140,7 +141,7 @@ def write_compared(
     comparison = NOT_MADE
     if verify:
         comparison = compare((before, values), (after, values), known)
-    write_text(target, after.tojson())
+    write_text(target, after.tojson(remove_amp_cast=False))
     return str(target), comparison
 
 
@@ -180,8 +181,8 @@ def _builtin(node: Node, variables: Mapping[str, Node], more: set[str]) -> Call 
         Output(node),
         node.inputs[0],
         tuple(node.inputs[1:5]),
-        axis=int(node.attrs.get("axis", 1)),
-        epsilon=float(node.attrs.get("eps", 1e-3)),
+        axis=node.integer("axis", 1),
+        epsilon=epsilon_of(node),
         scale=not node.flag("fix_gamma", True),
         center=True,
         relu="Activation" if node.op == "_contrib_BatchNormWithReLU" else None,
@@ -196,30 +197,21 @@ def _facts(
         names = {source.node.name: source.node.name for source in call.parameters}
         if values:
             check_parameters(call.node, names, values)
-    part = Graph(graph.symbol([call.node.inputs[0] for call in calls]), amp_casts=True)
-    # Dropout refuses an input of unknown type, and has the shape and type of its input.
-    part.replace({Output(n): n.inputs[0] for n in part.nodes() if n.op == "Dropout"})
-    symbol = part.symbol()
-    names = symbol.list_inputs()
-    known = {name: value.shape for name, value in values.items()} | dict(shapes)
-    types = {name: values[name].dtype for name in names if name in values}
-    found = [()] * len(calls)
+    part = graph.symbol([call.node.inputs[0] for call in calls])
+    types: Sequence[np.dtype[Any] | None] = [None] * len(calls)
     try:
-        _, dtypes, _ = symbol.infer_type_partial(**types)
-        if all(min(known.get(name, (0,)), default=1) > 0 for name in names):
-            _, found, _ = symbol.infer_shape_partial(**{name: known[name] for name in names})
-    except mx.MXNetError as error:
+        if values:
+            _, types = infer_types(part, values, {})
+        found = shapes_of(part, values, shapes)
+    except (mx.MXNetError, ValueError) as error:
         raise ValueError(
-            f"the parameters or the shapes do not match the symbol: {first_line(error)}"
+            "the parameters or the shapes do not match the symbol: "
+            f"{first_line(error.__cause__ or error)}"
         ) from error
     ranks = ranks_of(graph)
     return [
-        Fact(
-            len(shape) or ranks.get(call.node.inputs[0].node),
-            _channels(call, values),
-            np.dtype(dtype) if dtype else None,
-        )
-        for call, shape, dtype in zip(calls, found, dtypes or [None] * len(calls))
+        Fact(len(shape) or ranks.get(call.node.inputs[0].node), _channels(call, values), dtype)
+        for call, shape, dtype in zip(calls, found or [()] * len(calls), types)
     ]
 
 

@@ -1,4 +1,4 @@
-"""Random graphs through convert, back and fold: what comes out computes what went in.
+"""Random graphs through convert, back, fold and the inference file: the same comes out.
 
 Each graph is a chain of layers, norms and what lies between, with branches that come together
 again, layers that share their parameters, and more than one output. ``SCRATCHBN_CORPUS`` is the
@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from inference_files import inferring
 
 S = mx.sym
 GRAPHS = int(os.environ.get("SCRATCHBN_CORPUS", 60))
@@ -286,6 +287,8 @@ def test_random_graphs(place, graph, style, stated):
         folded, fewer, _ = fold(*model, **options)
         check(title, folded, fewer)
         assert "sgd_mom_update" not in folded.tojson()
+    for title, model in (("infers", (symbol, params)), ("converted, infers", (ours, same))):
+        check(title, *inferring(*model, place, **known))
     write_model(place / "out", folded, fewer)
     symbol = mx.sym.load(str(place / "out-symbol.json"))
     check("written", symbol, load_params(place / "out-0000.params"))

@@ -41,7 +41,7 @@ def infer(
     part = graph.symbol([*graph.heads, *sources])
     try:
         _, types = infer_types(part, values, dtypes)
-        found = _shapes(part, values, shapes)
+        found = shapes_of(part, values, shapes)
     except (mx.MXNetError, ValueError) as error:
         raise ValueError(
             "the parameters or the shapes of the inputs do not match the symbol: "
@@ -55,7 +55,7 @@ def infer(
         _check(norm, shape)
 
 
-def _shapes(
+def shapes_of(
     symbol: Any, values: Mapping[str, Any], given: Mapping[str, tuple[int, ...]]
 ) -> list[tuple[int, ...]] | None:
     """Return the shapes of a symbol's outputs; None if those of its inputs are not all known."""
