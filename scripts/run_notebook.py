@@ -89,6 +89,7 @@ def executed(notebook: Any, after_cell: Callable[..., None] | None = None) -> An
         own = {
             "PYTHONPATH": os.pathsep.join(paths),
             "IPYTHONDIR": f"{folder}/ipython",
+            "TMPDIR": folder,  # what the cells leave behind goes with it
             "OMP_NUM_THREADS": "1",  # so that sums are the same on any number of cores
         }
         client.execute(cwd=folder, env={**os.environ, **own})
