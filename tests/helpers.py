@@ -34,6 +34,7 @@ CLOSE = {
 }
 
 BFLOAT16 = np.dtype([("bfloat16", np.uint16)])  # as MXNet has it
+SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")  # `make sanitize`
 
 
 def make(*arguments, env=None, **variables):
