@@ -235,6 +235,22 @@ def test_nets_take_batches_of_other_sizes():
     assert benchmark.build_parser().parse_args(["--batch", "1", "32"]).batch == [1, 32]
 
 
+def test_eager_nets_are_not_hybridized_and_compute_the_same(monkeypatch):
+    found = plan.groups(["mlp", "layer_2d"], WORKS, True, [], [8], eager=True)
+    assert {work for _, work in found} == {"train", "inference"}
+    assert all(", eager" in net.title for net, _ in found)
+    net = next(net for net, _ in found if not net.layer)
+    chosen = ["builtin", "control", "portable", "native", "folded"]
+    hybridized = []
+    monkeypatch.setattr(nn.HybridSequential, "hybridize", lambda *a, **k: hybridized.append(a))
+    group = measure_group(net, "train", chosen, Effort(1, 1, 1e-6))
+    assert not hybridized
+    assert group.problems == {}
+    assert max(group.differences.values()) < 1e-5
+    assert group.net == "mlp, eager"
+    assert set(group.samples) == set(chosen) - {"folded"}
+
+
 @pytest.mark.parametrize("name", ["channels_last", "mlp", "layer_nhwc"])
 def test_entries_compute_the_same(name):
     net = NETS.get(name) or single_layer(name, 2**16)
