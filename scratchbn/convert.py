@@ -20,12 +20,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal, TypeVar, overload
+from warnings import warn
 
 import numpy as np
 from mxnet.gluon import Block, HybridBlock, SymbolBlock, nn
 from mxnet.gluon.contrib.nn import SyncBatchNorm
 
+from ._checks import check_flag
 from ._conversion_report import ConversionReport, Entry
 from ._graph.nodes import Graph
 from ._hidden import converted_graph
@@ -66,8 +68,18 @@ _HARMLESS = frozenset(
 _EQUIVALENT = frozenset({"gluoncv.nn.block.BatchNormCudnnOff"})
 _REMEMBERED = "_class_before_conversion"
 
+Net = TypeVar("Net", bound=Block)
 
-def to_scratch(net: Block) -> tuple[Block, ConversionReport]:
+
+@overload
+def to_scratch(net: Net, *, report: Literal[False] = False) -> Net: ...
+
+
+@overload
+def to_scratch(net: Net, *, report: Literal[True]) -> tuple[Net, ConversionReport]: ...
+
+
+def to_scratch(net: Net, *, report: bool = False) -> Net | tuple[Net, ConversionReport]:
     """Turn every ``nn.BatchNorm`` of a net into a :class:`ScratchBatchNorm`, in place.
 
     Layers stay the same objects, with the same Parameters, names, hooks and hybridize flags: an
@@ -87,38 +99,62 @@ def to_scratch(net: Block) -> tuple[Block, ConversionReport]:
     net : Block
         Any net, or a norm layer itself; initialized or not, hybridized or not. If it is part of
         a hybridized net that has been called, convert that net instead, or hybridize it again.
+    report : bool, default False
+        Return a report, too.
 
     Returns
     -------
     net : Block
         The same object.
     report : ConversionReport
-        What was converted and what was not: layers with a forward of their own,
-        loops in the graph of a ``SymbolBlock``. Operators that a block calls itself in its
+        With ``report=True``: what was converted and what was not: layers with a forward of their
+        own, loops in the graph of a ``SymbolBlock``. Operators that a block calls itself in its
         ``hybrid_forward`` are not seen.
 
     Raises
     ------
     TypeError
-        If `net` is not a Block, or a layer has an option or a dtype of the wrong type.
+        If `net` is not a Block, `report` is not True or False, or a layer has an option or a
+        dtype of the wrong type.
     ValueError
         If a layer has an option :class:`ScratchBatchNorm` does not accept, such as a momentum
         greater than 1. Nothing has been changed then.
+
+    Warns
+    -----
+    UserWarning
+        Without ``report=True``, if a layer was not converted or gives other results now.
 
     Examples
     --------
     >>> from mxnet.gluon import nn
     >>> net = nn.HybridSequential()
     >>> net.add(nn.Conv2D(4, kernel_size=3), nn.BatchNorm(), nn.Activation("relu"))
-    >>> net, report = to_scratch(net)
-    >>> type(net[1]).__name__, len(report.converted), len(report.skipped)
-    ('ScratchBatchNorm', 1, 0)
+    >>> net = to_scratch(net)
+    >>> type(net[1]).__name__
+    'ScratchBatchNorm'
+    >>> net, report = to_scratch(net, report=True)
+    >>> len(report.converted), len(report.skipped)
+    (0, 0)
     """
     check_block(net)
-    return _convert(net, BuiltInBatchNorm, graph_to_scratch, _why_not_to_scratch, _to_scratch)
+    check_flag("report", report)
+    made = _convert(net, BuiltInBatchNorm, graph_to_scratch, _why_not_to_scratch, _to_scratch)
+    if report:
+        return net, made
+    _warn_of_others(made)
+    return net
 
 
-def to_builtin(net: Block) -> tuple[Block, ConversionReport]:
+@overload
+def to_builtin(net: Net, *, report: Literal[False] = False) -> Net: ...
+
+
+@overload
+def to_builtin(net: Net, *, report: Literal[True]) -> tuple[Net, ConversionReport]: ...
+
+
+def to_builtin(net: Net, *, report: bool = False) -> Net | tuple[Net, ConversionReport]:
     """Turn every :class:`ScratchBatchNorm` of a net into ``nn.BatchNorm``, in place.
 
     The inverse of :func:`to_scratch`, see there. A layer that was converted from a
@@ -128,33 +164,52 @@ def to_builtin(net: Block) -> tuple[Block, ConversionReport]:
     ----------
     net : Block
         Any net, or a norm layer itself.
+    report : bool, default False
+        Return a report, too.
 
     Returns
     -------
     net : Block
         The same object.
     report : ConversionReport
-        What was converted and what was not: variants, which compute something else.
+        With ``report=True``: what was converted and what was not: variants, which compute
+        something else.
 
     Raises
     ------
     TypeError
-        If `net` is not a Block.
+        If `net` is not a Block or `report` is not True or False.
     ValueError
         If a layer has an option the built-in does not have: ``momentum=None``,
         ``unbiased_variance=True``, or a ``center`` that was changed after it was built. Nothing
         has been changed then.
 
+    Warns
+    -----
+    UserWarning
+        Without ``report=True``, if a layer was not converted or gives other results now.
+
     Examples
     --------
-    >>> layer, report = to_builtin(ScratchBatchNorm(epsilon=1e-3, in_channels=4))
+    >>> layer, report = to_builtin(ScratchBatchNorm(epsilon=1e-3, in_channels=4), report=True)
     >>> type(layer).__name__, layer._kwargs["eps"]
     ('BatchNorm', 0.001)
     >>> print(report)
     1 converted, 0 skipped
     """
     check_block(net)
-    return _convert(net, ScratchBatchNorm, graph_to_builtin, _why_not_to_builtin, _to_builtin)
+    check_flag("report", report)
+    made = _convert(net, ScratchBatchNorm, graph_to_builtin, _why_not_to_builtin, _to_builtin)
+    if report:
+        return net, made
+    _warn_of_others(made)
+    return net
+
+
+def _warn_of_others(report: ConversionReport) -> None:
+    """Warn the caller's caller, who reads no report, of what it has beside conversions."""
+    if report.skipped or report.notes:
+        warn(str(report), UserWarning, stacklevel=3)
 
 
 def _convert(
@@ -163,7 +218,7 @@ def _convert(
     convert_graph: Callable[[Graph, dict[str, Any]], ConversionReport],
     why_not: Callable[[Any], str],
     plan: Callable[[Any, bool], _Exchange],
-) -> tuple[Block, ConversionReport]:
+) -> ConversionReport:
     """Plan all conversions, which may fail, then make them, which cannot."""
     blocks = blocks_of(net)
     is_float16 = _has_float16(blocks)
@@ -206,7 +261,7 @@ def _convert(
         set_graph(block, graph)
     if exchanges or graphs:
         clear_graphs(blocks)
-    return net, ConversionReport(tuple(converted), tuple(skipped), tuple(notes))
+    return ConversionReport(tuple(converted), tuple(skipped), tuple(notes))
 
 
 def _has_float16(blocks: dict[Block, str]) -> bool:

@@ -224,7 +224,7 @@ def test_converts_there_and_back(case, device, rng):
     assert structure(net) == before
 
     restore(net, stored)
-    same, report = to_scratch(net)
+    same, report = to_scratch(net, report=True)
     assert same is net
     assert (len(report.converted), report.skipped, report.notes) == (case.layers, (), ())
     assert batch_norm_nodes(net) == []
@@ -232,7 +232,7 @@ def test_converts_there_and_back(case, device, rng):
     ours = infer_float32(net, x, device)
 
     net.hybridize(False)
-    _, report = to_builtin(net)
+    _, report = to_builtin(net, report=True)
     assert (len(report.converted), report.skipped, report.notes) == (case.layers, (), ())
     assert structure(net) == before
     assert all(a is b for a, b in zip(net.collect_params().values(), parameters))
@@ -262,11 +262,11 @@ def test_converts_there_and_back(case, device, rng):
 def test_a_net_that_is_not_initialized_converts_there_and_back(name, layers):
     net = zoo.get_model(name, norm_layer=nn.BatchNorm)
     before, parameters = structure(net), list(net.collect_params().values())
-    _, report = to_scratch(net)
+    _, report = to_scratch(net, report=True)
     assert (len(report.converted), report.skipped) == (layers, ())
     assert len(layers_of(net, ScratchBatchNorm)) == layers
     assert not layers_of(net, _BatchNorm)
-    _, report = to_builtin(net)
+    _, report = to_builtin(net, report=True)
     assert (len(report.converted), report.skipped) == (layers, ())
     assert structure(net) == before
     assert all(a is b for a, b in zip(net.collect_params().values(), parameters))
@@ -277,10 +277,10 @@ def test_batch_normalization_in_a_symbol_block_is_converted(device):
     net = gluoncv.model_zoo.get_model("ssd_300_mobilenet0.25_voc", pretrained_base=False)
     parameters = list(net.collect_params().values())
     for convert in (to_scratch, to_builtin, to_scratch):
-        _, report = convert(net)
+        _, report = convert(net, report=True)
         assert (len(report.converted), report.skipped) == (35, ())
         assert all(entry.path.startswith("features.") for entry in report.converted)
-    assert len(freeze(net)) == 35
+    assert len(freeze(net, report=True)[1]) == 35
     assert all(a is b for a, b in zip(net.collect_params().values(), parameters))
 
 
@@ -290,7 +290,7 @@ def test_gluoncv_layer_without_cudnn_comes_back_as_itself(device, rng):
     x = array(rng.normal(size=(4, 3, 5)), device, "float32")
     with autograd.train_mode():
         expected = layer(x).asnumpy()
-    _, report = to_scratch(layer)
+    _, report = to_scratch(layer, report=True)
     assert type(layer) is ScratchBatchNorm
     assert [entry.kind for entry in report.converted] == ["BatchNormCudnnOff"]
     with autograd.train_mode():
@@ -306,9 +306,9 @@ def test_a_net_built_to_use_global_statistics_does_so_after_unfreeze(device, rng
     with autograd.train_mode():
         first = net(x).asnumpy()
     net.hybridize()
-    assert len(freeze(net, parameters=True)) == 21
+    assert len(freeze(net, parameters=True, report=True)[1]) == 21
     to_builtin(net)
-    assert len(unfreeze(net)) == 21
+    assert len(unfreeze(net, report=True)[1]) == 21
     assert all(layer._kwargs["use_global_stats"] for layer in layers_of(net, nn.BatchNorm))
     assert all(layer.gamma.grad_req == "write" for layer in layers_of(net, nn.BatchNorm))
     with autograd.train_mode():
