@@ -35,6 +35,7 @@ try:
     from scratchbn.train.cluster import LAUNCHER
     from scratchbn.train.plot import plot
     from scratchbn.train.results import save_net, write_or_elsewhere
+    from scratchbn.train.seeds import check_alone, over_seeds
 
     import mxnet as mx
     import numpy as np
@@ -90,6 +91,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="learning rate of plain SGD on the summed loss of a batch; the default, 0.001, equals "
         "0.064 on the mean loss of 64 images")
     add("--seed", type=integer(0, 2**31 - 1), default=1, help="for weights and order (default: 1)")
+    add("--seeds", type=integer(2), metavar="N",
+        help="train with N seeds, from --seed on, each in DIR/seed-S, and print the difference to "
+        "nn.BatchNorm with its 95%% interval; --resume leaves out the seeds that are finished")
     add("--limit", type=integer(1), metavar="N", help="use the first N training and test images")
     add("--no-hybridize", dest="hybridize", action="store_false", help="train in eager mode")
     add("--debug", action="store_true",
@@ -203,11 +207,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def attempt(options: Namespace, arguments: Sequence[str], workers: Workers) -> int:
     """Train; return the exit status, and report in one line what the user can do about."""
     try:
+        check_alone(options)
         devices, dataset = training.resolve_devices(options.device), load(options.data)
         training.make_directory(options.out)
     except (DatasetError, DeviceError, OSError, ValueError) as error:
         return fail(NAME, 2, str(error))
     try:
+        if options.seeds:
+            return over_seeds(options, lambda one: train(one, devices, dataset, workers))
         return train(options, devices, dataset, workers)
     except training.Interrupted as interruption:
         if interruption.path is None:

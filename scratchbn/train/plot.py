@@ -12,8 +12,9 @@ except ImportError as error:
 
 from .._writing import PathLike
 from .run import Run
+from .seeds import MEASURES, Summary
 
-__all__ = ["plot"]
+__all__ = ["plot", "plot_seeds"]
 
 
 def plot(runs: Sequence[Run], path: PathLike, title: str = "") -> None:
@@ -58,4 +59,55 @@ def plot(runs: Sequence[Run], path: PathLike, title: str = "") -> None:
         axes.grid(alpha=0.3, which="both")
         axes.legend()
     figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+def plot_seeds(summary: Summary, path: PathLike, measure: str = "test_acc") -> None:
+    """Draw what each seed gave with each net, and the differences between two nets.
+
+    Parameters
+    ----------
+    summary : Summary
+    path : str or path
+        What to write; the suffix says how.
+    measure : str
+        ``'test_acc'``, ``'train_acc'`` or ``'loss'``.
+    """
+    differences = summary.differences()
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    wide, *narrow = figure.subplots(
+        1, 2 if differences else 1, width_ratios=[3, 1][: 1 + bool(differences)], squeeze=False
+    )[0]
+    order = range(1, len(summary.seeds) + 1)
+    for i, (net, results) in enumerate(summary.results.items()):
+        wide.plot(
+            order, results[measure], "os"[i % 2], fillstyle=("full", "none")[i % 2], label=net
+        )
+    if differences:
+        first, second = (results[measure] for results in summary.results.values())
+        wide.vlines(order, first, second, color="0.7", zorder=0)
+        found, names = differences[measure], list(summary.results)
+        axes = narrow[0]
+        above = [a - b for a, b in zip(first, second)]
+        axes.plot([0] * len(above), above, "o", color="0.6", fillstyle="none")
+        axes.errorbar(
+            [0],
+            [found.mean],
+            [[found.mean - found.low], [found.high - found.mean]],
+            fmt="o",
+            color="C3",
+            capsize=6,
+        )
+        axes.axhline(0, color="0.3", linewidth=0.8)
+        axes.set(
+            xticks=[],
+            xlim=(-1, 1),
+            title=f"{names[0]} minus {names[1]}",
+            xlabel="each seed;\nmean, 95% interval",
+        )
+        axes.grid(alpha=0.3, axis="y")
+    wide.set(xlabel="seed", ylabel=MEASURES[measure], xticks=list(order), xticklabels=summary.seeds)
+    wide.set_title(f"{MEASURES[measure].capitalize()} after epoch {summary.epochs}")
+    wide.grid(alpha=0.3)
+    wide.legend()
     figure.savefig(path, dpi=120)
