@@ -155,12 +155,11 @@ def test_a_killed_job_is_resumed(killed, tmp_path):
 
 
 @needs_parameter_server
-@pytest.mark.parametrize("receiver", ["launcher", "worker"])
-def test_sigterm_in_a_job_saves_and_ends_all(receiver, tmp_path):
+def test_sigterm_in_a_job_saves_and_ends_all(tmp_path):
     options = [*FEW, "--epochs", "40", "--kvstore", "dist_sync", "--checkpoint-every", "3"]
     process = start_job(*TRAIN, *options, "--out", str(tmp_path))
     found = processes_in_training(process, tmp_path)
-    os.kill(process.pid if receiver == "launcher" else found["worker"][1], signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
     printed, error = finish(process, 143)
     saved = re.search(r"ended by SIGTERM; saved (\S+/step-(\d+))", printed)
     assert saved, f"{printed}\n{error}"
