@@ -34,8 +34,8 @@ try:
     from scratchbn.train import Run, Session, Workers
     from scratchbn.train.cluster import LAUNCHER
     from scratchbn.train.plot import plot
+    from scratchbn.train.repeat import check_alone, over_seeds
     from scratchbn.train.results import save_net, write_or_elsewhere
-    from scratchbn.train.seeds import check_alone, over_seeds
 
     import mxnet as mx
     import numpy as np

@@ -1,4 +1,4 @@
-"""What the repository promises beside the code: the same lint everywhere, one version, a citation."""
+"""What the repository promises beside the code: one lint everywhere, one version, a citation."""
 
 import re
 

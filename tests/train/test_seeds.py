@@ -3,7 +3,8 @@
 import json
 from argparse import Namespace
 
-from scratchbn.train.seeds import MEASURES, finished, paired, summarize
+from scratchbn.train.repeat import finished
+from scratchbn.train.seeds import MEASURES, paired, summarize
 
 import numpy as np
 import pytest
