@@ -140,10 +140,7 @@ def to_scratch(net: Net, *, report: bool = False) -> Net | tuple[Net, Conversion
     made = _convert(
         net, BuiltInBatchNorm, graph_to_scratch, _why_not_to_scratch, exchange_for_scratch
     )
-    if report:
-        return net, made
-    _warn_of_others(made)
-    return net
+    return _answer(net, made, report)
 
 
 @overload
@@ -202,16 +199,16 @@ def to_builtin(net: Net, *, report: bool = False) -> Net | tuple[Net, Conversion
     made = _convert(
         net, ScratchBatchNorm, graph_to_builtin, _why_not_to_builtin, exchange_for_builtin
     )
+    return _answer(net, made, report)
+
+
+def _answer(net: Net, made: ConversionReport, report: bool) -> Net | tuple[Net, ConversionReport]:
+    """Return the net and the report; who wants no report is warned of what is not conversions."""
     if report:
         return net, made
-    _warn_of_others(made)
+    if made.skipped or made.notes:
+        warn(str(made), UserWarning, stacklevel=3)
     return net
-
-
-def _warn_of_others(report: ConversionReport) -> None:
-    """Warn the caller's caller, who reads no report, of what it has beside conversions."""
-    if report.skipped or report.notes:
-        warn(str(report), UserWarning, stacklevel=3)
 
 
 def _convert(

@@ -53,9 +53,17 @@ def draw(metrics: dict[str, Any], path: Path) -> None:
         words.text(0.36, y, line, size=10, family="monospace", va="center")
     for norm, style, marker in (("builtin", "--", "s"), ("scratch", "-", "o")):
         epochs = [epoch for epoch in metrics["epochs"] if epoch["norm"] == norm]
-        x, y = ([epoch[key] for epoch in epochs] for key in ("epoch", "test_acc"))
+        numbers, accuracies = ([epoch[key] for epoch in epochs] for key in ("epoch", "test_acc"))
         color, fill = ("C1", "none") if norm == "builtin" else ("C0", "full")
-        curves.plot(x, y, style, marker=marker, color=color, fillstyle=fill, label=NAMES[norm])
+        curves.plot(
+            numbers,
+            accuracies,
+            style,
+            marker=marker,
+            color=color,
+            fillstyle=fill,
+            label=NAMES[norm],
+        )
     curves.set(xlabel="epoch", title="LeNet on MNIST, test accuracy")
     curves.grid(alpha=0.3)
     curves.legend(loc="lower right")

@@ -658,3 +658,22 @@ def test_what_cannot_be_converted_is_refused_before_anything_changes(
 def test_only_blocks_are_accepted(function, net):
     with pytest.raises(TypeError, match="net must be a gluon Block, got"):
         function(net)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("convert", [to_scratch, to_builtin])
+def test_who_wants_no_report_gets_the_net_and_is_warned(convert):
+    class Own(nn.BatchNorm if convert is to_scratch else ScratchBatchNorm):
+        def hybrid_forward(self, F, x, *parameters, **named):
+            return x
+
+    net = nn.HybridSequential()
+    net.add(nn.Dense(2))
+    assert convert(net) is net  # and no warning, which would be an error here
+    net.add(Own())
+    with pytest.warns(UserWarning, match="hybrid_forward of its own") as warned:
+        assert convert(net) is net
+    assert warned[0].filename == __file__
+    assert convert(net, report=True)[0] is net
+    with pytest.raises(TypeError, match="report must be True or False"):
+        convert(net, report=1)
