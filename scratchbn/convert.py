@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, overload
 from warnings import warn
 
 import numpy as np
@@ -34,6 +34,7 @@ from ._graph.nodes import Graph
 from ._hidden import converted_graph
 from ._net import (
     BuiltInBatchNorm,
+    Net,
     blocks_of,
     check_block,
     clear_graphs,
@@ -65,8 +66,6 @@ _HARMLESS = frozenset(
 )
 # The same function as the base's, computed by another implementation. By name: GluonCV is optional.
 _EQUIVALENT = frozenset({"gluoncv.nn.block.BatchNormCudnnOff"})
-
-Net = TypeVar("Net", bound=Block)
 
 
 @overload

@@ -5,23 +5,19 @@ The module is not called ``freeze``, so that ``scratchbn.freeze`` is always the 
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, overload
 from warnings import warn
 
 import mxnet as mx
-from mxnet.gluon import Block
 
 from ._checks import check_flag
 from ._hidden import HiddenNorm, freeze_hidden, hidden_norms, warn_of_hidden
-from ._net import blocks_of, check_block, clear_graphs, norm_layers, options_of, values_of
+from ._net import Net, blocks_of, check_block, clear_graphs, norm_layers, options_of, values_of
 
 __all__ = ["freeze", "unfreeze"]
 
 _GLOBAL_STATS_BEFORE = "_use_global_stats_before_freeze"
 _GRAD_REQ_BEFORE = "_grad_req_before_freeze"
-
-
-Net = TypeVar("Net", bound=Block)
 
 
 @overload

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from itertools import islice
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, overload
 
 import mxnet as mx
 import numpy as np
@@ -19,6 +19,7 @@ from ._checks import check_choice, check_flag, check_integer
 from ._graph.arrays import to_classic
 from ._hidden import HiddenNorm, hidden_norms, hidden_states, imported, warn_of_hidden
 from ._net import (
+    Net,
     blocks_of,
     channel_axis,
     check_block,
@@ -40,9 +41,6 @@ __all__ = ["recalibrate"]
 Array = Any
 
 _ACCUMULATORS = {"population": Population, "cumulative": CumulativeAverage}
-
-
-Net = TypeVar("Net", bound=Block)
 
 
 @overload

@@ -31,12 +31,7 @@ def code_lines() -> list[str]:
     """Return the lines of `pure_batch_norm` that are a line of Algorithm 1."""
     lines = inspect.getsource(functional.pure_batch_norm).splitlines()
     found = [line.split("#")[0].strip() for line in lines if "# line " in line]
-    return [
-        line.replace(", axis=over, keepdims=True", ", ...").replace(
-            "axis=over, keepdims=True", "..."
-        )
-        for line in found
-    ]
+    return [line.replace("axis=over, keepdims=True", "...") for line in found]
 
 
 def draw(metrics: dict[str, Any], path: Path) -> None:

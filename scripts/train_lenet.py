@@ -212,9 +212,14 @@ def attempt(options: Namespace, arguments: Sequence[str], workers: Workers) -> i
         training.make_directory(options.out)
     except (DatasetError, DeviceError, OSError, ValueError) as error:
         return fail(NAME, 2, str(error))
+    twin = options.norm == "scratch" and options.compare is not False
+    if options.compare and not twin and workers.rank == 0:
+        print(f"note: --compare does nothing with --norm {options.norm}", flush=True)
+    options.compare = twin
     try:
         if options.seeds:
-            return over_seeds(options, lambda one: train(one, devices, dataset, workers))
+            once = partial(train, devices=devices, dataset=dataset, workers=workers)
+            return over_seeds(options, dataset.name, once)
         return train(options, devices, dataset, workers)
     except training.Interrupted as interruption:
         if interruption.path is None:
@@ -242,15 +247,10 @@ def train(options: Namespace, devices: list[Any], dataset: Dataset, workers: Wor
     device, device_names = devices[0], ", ".join(map(str, devices))
     say(f"data    {dataset.name}: {counts['train']:,} training and {counts['test']:,} test images")
     say(f"device  {device_names}" + (f"\nworkers {workers.size}" if workers.size > 1 else ""))
-    twin = options.norm == "scratch" and options.compare is not False
-    if options.compare and not twin:
-        say(f"note: --compare does nothing with --norm {options.norm}")
-    options.compare = twin
-
     sgd = {"learning_rate": options.lr}
     runs = [
         Run(norm, build(norm, options, devices), cross_entropy, "sgd", sgd, workers)
-        for norm in ([options.norm, "builtin"] if twin else [options.norm])
+        for norm in ([options.norm, "builtin"] if options.compare else [options.norm])
     ]
     orders = [
         np.random.default_rng((options.seed, epoch)).permutation(counts["train"])
@@ -295,7 +295,7 @@ def train(options: Namespace, devices: list[Any], dataset: Dataset, workers: Wor
             if options.debug:
                 net = build(options.norm, options, [device])
                 look_inside(net, mx.nd.array(pixels, device), mx.nd.array(labels, device))
-            if twin:
+            if options.compare:
                 check = cross_check(pixels, labels, options.seed)
                 verdict = "holds" if check else "FAILED, see the end"
                 say(f"cross-check with nn.BatchNorm, one step in float64: {verdict}")

@@ -196,6 +196,16 @@ def take_step(subject, x, dy, *, record_train=True, backward_train=True, backwar
     )
 
 
+def forward_backward(net, data, head):
+    """Take data that gets a gradient through a net in training and back; return the output."""
+    data.attach_grad()
+    with autograd.record():
+        y = net(data)
+    y.backward(head)
+    mx.nd.waitall()
+    return y
+
+
 def check_step(actual, expected, dtype="float64"):
     """Compare output and gradients; gradients relative to their largest value."""
     for name in ("y", "dx", "dgamma", "dbeta"):

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import mxnet as mx
-import numpy as np
 
 from .._checks import check_flag
 from .._comparison import NOT_MADE, Comparison
 from .._graph.nodes import Graph, Node, Output
 from .._net import BATCH_NORM_OPERATORS
-from .._text import first_line
 from .._writing import PathLike, check_directory, write_text
 from ..backends.inference.calls import Call, described
 from ..backends.inference.factors import Fact
 from ..backends.inference.rewrite import has_bias_per_channel, rewrite
 from ._files import known_shapes, load_params, load_symbol, plain_name
-from ._inference import infer_types
-from ._lower.infer import ranks_of, shapes_of
+from ._lower.infer import ranks_of, types_and_shapes
 from ._norm_nodes import check_parameters, epsilon_of, obstacle, with_more_outputs
 from ._verify import verify as compare
 
@@ -198,16 +193,7 @@ def _facts(
         if values:
             check_parameters(call.node, names, values)
     part = graph.symbol([call.node.inputs[0] for call in calls])
-    types: Sequence[np.dtype[Any] | None] = [None] * len(calls)
-    try:
-        if values:
-            _, types = infer_types(part, values, {})
-        found = shapes_of(part, values, shapes)
-    except (mx.MXNetError, ValueError) as error:
-        raise ValueError(
-            "the parameters or the shapes do not match the symbol: "
-            f"{first_line(error.__cause__ or error)}"
-        ) from error
+    types, found = types_and_shapes(part, values, shapes, {})
     ranks = ranks_of(graph)
     return [
         Fact(len(shape) or ranks.get(call.node.inputs[0].node), _channels(call, values), dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 try:
     from matplotlib.figure import Figure
@@ -12,7 +13,7 @@ except ImportError as error:
 
 from .._writing import PathLike
 from .run import Run
-from .seeds import MEASURES, Summary
+from .seeds import MEASURES, Paired, Summary
 
 __all__ = ["plot", "plot_seeds"]
 
@@ -75,39 +76,32 @@ def plot_seeds(summary: Summary, path: PathLike, measure: str = "test_acc") -> N
     """
     differences = summary.differences()
     figure = Figure(figsize=(9, 4), layout="constrained")
-    wide, *narrow = figure.subplots(
-        1, 2 if differences else 1, width_ratios=[3, 1][: 1 + bool(differences)], squeeze=False
-    )[0]
-    order = range(1, len(summary.seeds) + 1)
-    for i, (net, results) in enumerate(summary.results.items()):
-        wide.plot(
-            order, results[measure], "os"[i % 2], fillstyle=("full", "none")[i % 2], label=net
-        )
+    axes = figure.subplot_mosaic("SSSD" if differences else "S")
+    _draw_seeds(axes["S"], summary, measure)
     if differences:
-        first, second = (results[measure] for results in summary.results.values())
-        wide.vlines(order, first, second, color="0.7", zorder=0)
-        found, names = differences[measure], list(summary.results)
-        axes = narrow[0]
-        above = [a - b for a, b in zip(first, second)]
-        axes.plot([0] * len(above), above, "o", color="0.6", fillstyle="none")
-        axes.errorbar(
-            [0],
-            [found.mean],
-            [[found.mean - found.low], [found.high - found.mean]],
-            fmt="o",
-            color="C3",
-            capsize=6,
-        )
-        axes.axhline(0, color="0.3", linewidth=0.8)
-        axes.set(
-            xticks=[],
-            xlim=(-1, 1),
-            title=f"{names[0]} minus {names[1]}",
-            xlabel="each seed;\nmean, 95% interval",
-        )
-        axes.grid(alpha=0.3, axis="y")
-    wide.set(xlabel="seed", ylabel=MEASURES[measure], xticks=list(order), xticklabels=summary.seeds)
-    wide.set_title(f"{MEASURES[measure].capitalize()} after epoch {summary.epochs}")
-    wide.grid(alpha=0.3)
-    wide.legend()
+        _draw_difference(axes["D"], summary, measure, differences[measure])
     figure.savefig(path, dpi=120)
+
+
+def _draw_seeds(axes: Any, summary: Summary, measure: str) -> None:
+    order = range(1, len(summary.seeds) + 1)
+    for (net, results), marker, fill in zip(summary.results.items(), "os", ("full", "none")):
+        axes.plot(order, results[measure], marker, fillstyle=fill, label=net)
+    if len(summary.results) == 2:
+        axes.vlines(order, *(r[measure] for r in summary.results.values()), color="0.7", zorder=0)
+    title = f"{MEASURES[measure].capitalize()} after epoch {summary.epochs}"
+    axes.set(xlabel="seed", ylabel=MEASURES[measure], title=title)
+    axes.set_xticks(order, summary.seeds)
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def _draw_difference(axes: Any, summary: Summary, measure: str, found: Paired) -> None:
+    first, second = (results[measure] for results in summary.results.values())
+    above = [a - b for a, b in zip(first, second)]
+    axes.plot([0] * len(above), above, "o", color="0.6", fillstyle="none")
+    axes.errorbar([0], [found.mean], [found.high - found.mean], fmt="o", color="C3", capsize=6)
+    axes.axhline(0, color="0.3", linewidth=0.8)
+    title = " minus ".join(summary.results)
+    axes.set(xticks=[], xlim=(-1, 1), title=title, xlabel="each seed;\nmean, 95% interval")
+    axes.grid(alpha=0.3, axis="y")

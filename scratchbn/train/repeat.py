@@ -17,7 +17,7 @@ __all__ = ["check_alone", "finished", "over_seeds"]
 
 # Options that may differ between the seeds of a summary.
 _FREE = (
-    "checkpoint_every", "compare", "debug", "device", "join_timeout", "kvstore", "monitor", "out",
+    "checkpoint_every", "debug", "device", "join_timeout", "kvstore", "monitor", "out",
     "resume", "seeds", "timeout",
 )  # fmt: skip
 
@@ -29,7 +29,7 @@ def check_alone(options: Namespace) -> None:
             raise ValueError(f"argument --seeds: not with --{name}, which is for a single training")
 
 
-def over_seeds(options: Namespace, train: Callable[[Namespace], int]) -> int:
+def over_seeds(options: Namespace, data: str, train: Callable[[Namespace], int]) -> int:
     """Train with several seeds, each in a directory of its own; print and write a summary.
 
     Parameters
@@ -37,6 +37,8 @@ def over_seeds(options: Namespace, train: Callable[[Namespace], int]) -> int:
     options : Namespace
         Those of the script: `seeds` from `seed` on, in ``out/seed-S``; with `resume`, seeds whose
         results are there, of the same options, are left out.
+    data : str
+        The name of the data set, which those results have to be of.
     train : callable
         Trains with options of one seed, writes ``metrics.json`` to its `out`, returns an exit
         status.
@@ -54,7 +56,7 @@ def over_seeds(options: Namespace, train: Callable[[Namespace], int]) -> int:
     metrics: dict[int, Any] = {}
     for seed in range(options.seed, options.seed + options.seeds):
         one = Namespace(**{**vars(options), "seed": seed, "out": options.out / f"seed-{seed}"})
-        found = finished(one) if options.resume else None
+        found = finished(one, data) if options.resume else None
         done = " was finished before" if found else ""
         print(f"seed {seed} ({len(metrics) + 1} of {options.seeds}){done}", flush=True)
         if found is None:
@@ -74,12 +76,13 @@ def over_seeds(options: Namespace, train: Callable[[Namespace], int]) -> int:
     return 0
 
 
-def finished(options: Namespace) -> dict[str, Any] | None:
-    """Return the metrics of a run whose results are there, if its options were these."""
+def finished(options: Namespace, data: str) -> dict[str, Any] | None:
+    """Return the metrics of a run whose results are there, if its options and data were these."""
     try:
         metrics = json.loads((options.out / "metrics.json").read_text("utf-8"))
-        had = metrics["options"]
+        had = {**metrics["options"], "data": metrics["data"]["name"]}
     except (OSError, ValueError, KeyError, TypeError):
         return None
     wanted = {name: value for name, value in vars(options).items() if name not in _FREE}
+    wanted["data"] = data
     return metrics if all(name in had and had[name] == wanted[name] for name in wanted) else None

@@ -43,11 +43,14 @@ class Net:
         return 4 * math.prod(self.shape)
 
     @property
+    def label(self) -> str:
+        """The name, and whether it is eager."""
+        return f"{self.name}, eager" if self.eager else self.name
+
+    @property
     def title(self) -> str:
         """The name, and the size of a single layer's data."""
-        kind = ", eager" if self.eager else ""
-        size = f", {self.nbytes / 2**20:.3g} MiB" if self.layer else ""
-        return f"{self.name}{kind}{size}"
+        return f"{self.label}, {self.nbytes / 2**20:.3g} MiB" if self.layer else self.label
 
     def with_batch(self, size: int) -> Net:
         """Return the net on a batch of another size."""

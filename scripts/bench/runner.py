@@ -85,8 +85,7 @@ class Runner:
 def build_runner(net: Net, work: str, name: str, data: Data) -> Runner:
     """Build a net with an entry's norm layer, hybridized or eager, and let it run a few times."""
     entry = ENTRIES[name]
-    backend = scratchbn.use_backend(entry.backend) if entry.backend else contextlib.nullcontext()
-    with backend, warnings.catch_warnings():
+    with _chosen(entry.backend), warnings.catch_warnings():
         # The textbook uses no running statistics in training; an imported graph has no types.
         warnings.filterwarnings("ignore", "Parameter .* is not used by any computation")
         warnings.filterwarnings("ignore", "Cannot decide type")
@@ -109,9 +108,13 @@ def build_runner(net: Net, work: str, name: str, data: Data) -> Runner:
     return runner
 
 
+def _chosen(backend: str | None) -> contextlib.AbstractContextManager[None]:
+    return scratchbn.use_backend(backend) if backend else contextlib.nullcontext()
+
+
 def _within(backend: str | None, call: Callable[[], Any]) -> Any:
     """Call what chooses its backend anew in each call: eager code."""
-    with scratchbn.use_backend(backend) if backend else contextlib.nullcontext():
+    with _chosen(backend):
         return call()
 
 

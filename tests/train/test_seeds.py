@@ -82,8 +82,11 @@ def test_what_is_for_a_single_training(option, tmp_path, capsys):
 
 
 def test_only_the_same_options_are_finished(tmp_path):
-    options = {"norm": "scratch", "lr": 0.1, "seed": 1, "data": "sample"}
-    (tmp_path / "metrics.json").write_text(json.dumps({"options": {**options, "out": "x"}}))
-    assert finished(Namespace(**options, out=tmp_path)) is not None
-    assert finished(Namespace(**{**options, "lr": 0.2}, out=tmp_path)) is None
-    assert finished(Namespace(**options, out=tmp_path / "none")) is None
+    options = {"norm": "scratch", "compare": True, "lr": 0.1, "seed": 1, "data": "auto"}
+    metrics = {"options": {**options, "out": "x"}, "data": {"name": "sample"}}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    assert finished(Namespace(**options, out=tmp_path), "sample") == metrics
+    assert finished(Namespace(**options, out=tmp_path), "mnist") is None
+    for other in ({"lr": 0.2}, {"compare": False}):
+        assert finished(Namespace(**{**options, **other}, out=tmp_path), "sample") is None
+    assert finished(Namespace(**options, out=tmp_path / "none"), "sample") is None
