@@ -26,7 +26,9 @@ TESTS = (
     "tests/nets/test_convert_keeps.py",
     "tests/nets/test_convert_options.py",
     "tests/nets/test_convert_exceptions.py",
-    "tests/nets/test_recalibrate.py",
+    "tests/nets/test_recalibrate_values.py",
+    "tests/nets/test_recalibrate_keeps.py",
+    "tests/nets/test_recalibrate_errors.py",
     "tests/zoo/test_zoo.py",
     "tests/zoo/test_lenet.py",
 )
