@@ -29,7 +29,9 @@ TESTS = (
     "tests/nets/test_recalibrate_values.py",
     "tests/nets/test_recalibrate_keeps.py",
     "tests/nets/test_recalibrate_errors.py",
-    "tests/zoo/test_zoo.py",
+    "tests/zoo/test_zoo_built.py",
+    "tests/zoo/test_zoo_converted.py",
+    "tests/zoo/test_zoo_files.py",
     "tests/zoo/test_lenet.py",
 )
 _RESTARTS = 10
