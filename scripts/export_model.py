@@ -28,6 +28,7 @@ from scratchbn._writing import staged_folder
 from scratchbn.deploy import export_inference, export_onnx
 from scratchbn.deploy._files import write_model
 from scratchbn.deploy.check import compare_outputs
+from scratchbn.environment.install import install_command
 
 import mxnet as mx
 import numpy as np
@@ -100,9 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         nets = build_nets(options.net, options.params, options.seed, image_shape(options))
         options.out.mkdir(parents=True, exist_ok=True)
     except ImportError as error:
-        return fail(
-            _NAME, 2, f"{error}: pip install 'scratchbn[cpu,demo,gluoncv]' has all this needs"
-        )
+        command = install_command("cpu", "demo", "gluoncv")
+        return fail(_NAME, 2, f"{error}: {command} has all this needs")
     except (OSError, ValueError) as error:
         return fail(_NAME, 2, str(error))
     with staged_folder(options.out) as folder, warnings.catch_warnings():

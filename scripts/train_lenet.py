@@ -22,6 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # models are not installed
 
 from scratchbn._command import Parser, fail, integer, positive
+from scratchbn.environment.install import install_command
 
 NAME = "train_lenet.py"
 try:
@@ -46,8 +47,7 @@ try:
 
     from models.lenet import INITIALIZATIONS, initialize, lenet
 except (ImportError, OSError) as error:
-    advice = "has all this needs (python -m scratchbn doctor says what is there)"
-    sys.exit(fail(NAME, 2, f"{error}: pip install 'scratchbn[cpu,demo]' {advice}"))
+    sys.exit(fail(NAME, 2, f"{error}: {install_command('cpu', 'demo')} has all this needs"))
 
 NORMS: dict[str, Any] = {"scratch": ScratchBatchNorm, "builtin": nn.BatchNorm, "none": None}
 EXPORT_TOLERANCE = 1e-4

@@ -11,8 +11,6 @@ from pathlib import Path
 from . import idx
 from .dataset import Dataset, DatasetError, NotFoundError
 
-INSTALL_DEMO = "pip install 'scratchbn[demo]'"
-
 
 @dataclass(frozen=True)
 class Source:

