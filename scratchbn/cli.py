@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from scratchbn import __version__, native
+from scratchbn import _demo as demo
 from scratchbn._command import Parser, add_job, integer, named_shape
 from scratchbn._text import rich_table
 from scratchbn.environment import doctor
@@ -67,6 +68,11 @@ def _build_native(arguments: argparse.Namespace) -> int:
     for capability, code in built.items():
         print(f"for compute capability {capability}: {code}")
     return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    """Train LeNet with ScratchBatchNorm and with nn.BatchNorm on 4,000 digits, for a minute."""
+    return demo.run_demo(arguments.data, arguments.epochs, arguments.out, arguments.device)
 
 
 def _parity(arguments: argparse.Namespace) -> int:
@@ -202,6 +208,15 @@ def _parser() -> argparse.ArgumentParser:
 
     option = add("build-native", _build_native)
     option("--force", action="store_true", help="build it even if it is there")
+
+    option = add("demo", _demo)
+    data = "sample, mnist, fashion, or a directory with the four IDX files (default: sample)"
+    option("--data", default="sample", help=data)
+    epochs = f"passes over the training set (default: {demo.EPOCHS})"
+    option("--epochs", type=integer(1), default=demo.EPOCHS, help=epochs)
+    out = f"where to write the curves, numbers and nets (default: {demo.OUT})"
+    option("--out", default=demo.OUT, metavar="DIR", help=out)
+    option("--device", default="auto", help="auto, cpu, gpu or gpu:1 (default: auto)")
 
     option = add("parity", _parity)
     dtypes = ("float64", "float32", "float16")

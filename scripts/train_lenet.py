@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # models are not installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # models stands beside scripts
 
 from scratchbn._command import Parser, fail, integer, positive
 from scratchbn.environment.install import install_command

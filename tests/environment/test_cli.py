@@ -17,6 +17,7 @@ COMMANDS = {
     "doctor": "report Python, numpy, mxnet, CUDA, GPUs, the device in use and the data found",
     "build-native": "compile the kernel that the backends 'auto' and 'native' use; "
     "needs a C++ compiler",
+    "demo": "train LeNet with ScratchBatchNorm and with nn.BatchNorm on 4,000 digits, for a minute",
     "parity": "compare ScratchBatchNorm with nn.BatchNorm over a grid, on every backend that "
     "can be had",
     "fold": "fold the batch normalizations of an exported model into the layers before them",
