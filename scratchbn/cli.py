@@ -9,15 +9,15 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from scratchbn import __version__, native
 from scratchbn import _demo as demo
-from scratchbn._command import Parser, add_job, integer, named_shape
+from scratchbn._command import Parser, add_job, guarded, integer, named_shape
+from scratchbn._interrupt import importing
 from scratchbn._text import rich_table
 from scratchbn.environment import doctor
 from scratchbn.native import cuda
@@ -26,15 +26,15 @@ from scratchbn.native import cuda
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command, by default that of the process; return its exit status."""
     arguments = _parser().parse_args(argv)
+    return guarded(f"scratchbn {arguments.command}", partial(_run, arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """Run the command that was asked for; what the user can do about is one line."""
     try:
         status: int = arguments.run(arguments)
-        sys.stdout.flush()
-    except BrokenPipeError:  # who reads it, such as `head`, has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except KeyboardInterrupt:
-        print(f"scratchbn {arguments.command}: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        raise
     except (OSError, ValueError, ImportError, native.BackendError) as error:
         print(f"scratchbn {arguments.command}: {error}", file=sys.stderr)
         return 1
@@ -77,7 +77,8 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _parity(arguments: argparse.Namespace) -> int:
     """Compare ScratchBatchNorm with nn.BatchNorm over a grid, on every backend that can be had."""
-    from scratchbn.parity import backends_at_hand, run_grid, standard_grid
+    with importing():
+        from scratchbn.parity import backends_at_hand, run_grid, standard_grid
 
     cases: Any = standard_grid(full=arguments.full)
     cases = [case for case in cases if case.dtype in (arguments.dtype or [case.dtype])]
@@ -103,7 +104,8 @@ def _parity(arguments: argparse.Namespace) -> int:
 
 def _fold(arguments: argparse.Namespace) -> int:
     """Fold the batch normalizations of an exported model into the layers before them."""
-    from scratchbn import deploy
+    with importing():
+        from scratchbn import deploy
 
     before, options = _model(arguments)
     symbol, params, report = deploy.fold(*before, style=arguments.style, **options)
@@ -114,7 +116,8 @@ def _fold(arguments: argparse.Namespace) -> int:
 
 def _convert(arguments: argparse.Namespace) -> int:
     """Exchange ScratchBatchNorm and MXNet's BatchNorm in an exported model."""
-    from scratchbn import convert_files
+    with importing():
+        from scratchbn import convert_files
 
     before, options = _model(arguments)
     unknown = sorted(options["shapes"].keys() - set(before[0].list_inputs()))
@@ -130,14 +133,16 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 def _launch(arguments: argparse.Namespace) -> int:
     """Run a command as a job of MXNet's parameter server on this machine."""
-    from scratchbn.train.launch import launch
+    with importing():
+        from scratchbn.train.launch import launch
 
     return launch(arguments.program, arguments.workers, arguments.servers)
 
 
 def _infer_symbol(arguments: argparse.Namespace) -> int:
     """Write a symbol for inference beside an exported one, for the same parameter file."""
-    from scratchbn import deploy
+    with importing():
+        from scratchbn import deploy
 
     path, comparison = deploy.write_compared(
         arguments.symbol,
@@ -153,7 +158,8 @@ def _infer_symbol(arguments: argparse.Namespace) -> int:
 
 def _model(arguments: argparse.Namespace) -> tuple[tuple[Any, Any], dict[str, Any]]:
     """Read the model, and the options of what rewrites it."""
-    from scratchbn import deploy
+    with importing():
+        from scratchbn import deploy
 
     model = deploy.load_symbol(arguments.symbol), deploy.load_params(arguments.params)
     return model, {"shapes": dict(arguments.shape), "verify": arguments.verify}
@@ -161,7 +167,8 @@ def _model(arguments: argparse.Namespace) -> tuple[tuple[Any, Any], dict[str, An
 
 def _write(arguments: argparse.Namespace, symbol: Any, params: Any, report: Any) -> None:
     """Print how far a rewritten model is from the model it was, and write it."""
-    from scratchbn import deploy
+    with importing():
+        from scratchbn import deploy
 
     print(_measured(arguments, report.comparison))
     deploy.write_model(arguments.out, symbol, params)

@@ -15,9 +15,10 @@ from mxnet import gluon
 from .._text import first_line
 from .._writing import staged_folder
 from ..deploy import write_inference_symbol
+from ..parity import Report
 from .checkpoint import WriteError
 
-__all__ = ["save_net", "write_or_elsewhere"]
+__all__ = ["check_metrics", "finite_or_none", "save_net", "write_or_elsewhere"]
 
 Result = TypeVar("Result")
 
@@ -104,3 +105,19 @@ def save_net(net: gluon.HybridBlock, sample: Any, stem: Path) -> float:
     except mx.MXNetError as error:
         raise OSError(first_line(error)) from error
     return float(np.max(differences))  # keeps NaN
+
+
+def check_metrics(check: Report | None) -> dict[str, Any]:
+    """Return what metrics.json holds of the cross-check."""
+    if check is None:
+        return {"ok": None, "max_abs_diff": {}}
+    largest: dict[str, float] = {}
+    for row in check.rows:  # np.maximum keeps NaN
+        largest[row.kind] = float(np.maximum(row.absolute, largest.get(row.kind, 0.0)))
+    finite = {kind: finite_or_none(value) for kind, value in largest.items()}
+    return {**check.to_dict(), "ok": bool(check), "max_abs_diff": finite}
+
+
+def finite_or_none(value: float) -> float | None:
+    """Return what JSON can hold of a number."""
+    return value if np.isfinite(value) else None

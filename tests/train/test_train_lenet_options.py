@@ -121,7 +121,7 @@ def test_a_failure_while_writing_changes_no_file(tmp_path, monkeypatch):
         (["--seed", "2147483648"], "--seed: must be between 0 and 2147483647"),
         (["--device", "tpu"], "'tpu'"),
         (["--device", "gpu:99"], "gpu:99"),
-        (["--data", "nowhere"], "'nowhere'"),
+        (["--data", "nowhere"], "argument --data: 'nowhere' is neither one of auto, mnist"),
         (["--data", "{directory}"], "train-images-idx3-ubyte"),
         (["--out", "{file}"], "--out"),
         (["--out", "{file}/below"], "--out"),
