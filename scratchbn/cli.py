@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from scratchbn import __version__, native
@@ -161,6 +162,10 @@ def _model(arguments: argparse.Namespace) -> tuple[tuple[Any, Any], dict[str, An
     with importing():
         from scratchbn import deploy
 
+    for file in _files(arguments.out):
+        for read in (arguments.symbol, arguments.params):
+            if Path(file).resolve() == Path(read).resolve():
+                raise ValueError(f"--out {arguments.out} would replace {read}, which is read")
     model = deploy.load_symbol(arguments.symbol), deploy.load_params(arguments.params)
     return model, {"shapes": dict(arguments.shape), "verify": arguments.verify}
 
@@ -171,8 +176,14 @@ def _write(arguments: argparse.Namespace, symbol: Any, params: Any, report: Any)
         from scratchbn import deploy
 
     print(_measured(arguments, report.comparison))
+    there = any(Path(file).exists() for file in _files(arguments.out))
     deploy.write_model(arguments.out, symbol, params)
-    print(f"written: {arguments.out}-symbol.json, {arguments.out}-0000.params")
+    print(f"written{', in place of what was there' * there}: {', '.join(_files(arguments.out))}")
+
+
+def _files(prefix: str) -> tuple[str, str]:
+    """Return the files of a model."""
+    return f"{prefix}-symbol.json", f"{prefix}-0000.params"
 
 
 def _measured(arguments: argparse.Namespace, comparison: Any) -> str:

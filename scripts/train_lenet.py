@@ -41,6 +41,7 @@ try:
     from scratchbn.train.repeat import check_alone, over_seeds
     from scratchbn.train.results import (
         check_metrics,
+        earlier_results,
         finite_or_none,
         save_net,
         write_or_elsewhere,
@@ -258,6 +259,8 @@ def train(options: Namespace, devices: list[Any], dataset: Dataset, workers: Wor
     device, device_names = devices[0], ", ".join(map(str, devices))
     say(f"data    {dataset.name}: {counts['train']:,} training and {counts['test']:,} test images")
     say(f"device  {device_names}" + (f"\nworkers {workers.size}" if workers.size > 1 else ""))
+    if there := earlier_results(options.out, options, dataset.name):
+        say(f"note: {options.out} holds {there}; they are replaced at the end")
     sgd = {"learning_rate": options.lr}
     runs = [
         Run(norm, build(norm, options, devices), cross_entropy, "sgd", sgd, workers)

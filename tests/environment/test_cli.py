@@ -183,6 +183,19 @@ def test_a_reader_that_has_read_enough(tmp_path):
     assert (child.wait(timeout=60), said) == (141, b"")
 
 
+@pytest.mark.parametrize("command", [["fold"], ["convert", "--to", "builtin"]])
+@pytest.mark.parametrize("out", ["m", "x/../m"])
+def test_a_model_that_is_read_is_not_replaced(command, out, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").mkdir()
+    for name in ("m-symbol.json", "m-0000.params"):
+        (tmp_path / name).write_text("precious")
+    assert cli.main([*command, "m-symbol.json", "m-0000.params", "--out", out]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"--out {out} would replace m-symbol.json, which is read")
+    assert {f.read_text() for f in tmp_path.glob("m-*")} == {"precious"}
+
+
 def test_an_expected_error_is_one_line_and_status_1(monkeypatch, capsys):
     def fail(arguments):
         raise native.BackendError("no compiler found")
