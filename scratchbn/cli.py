@@ -19,8 +19,8 @@ from scratchbn import __version__, native
 from scratchbn import _demo as demo
 from scratchbn._command import Parser, add_job, guarded, integer, named_shape
 from scratchbn._interrupt import importing
-from scratchbn._text import rich_table
-from scratchbn.environment import doctor
+from scratchbn._text import rich_table, terminal_width
+from scratchbn.environment import doctor, layout
 from scratchbn.native import cuda
 
 
@@ -47,11 +47,14 @@ def _doctor(arguments: argparse.Namespace) -> int:
     facts = doctor.doctor_facts()
     if arguments.json:
         print(json.dumps(facts, indent=2))
+    elif not arguments.all:
+        print(layout.folded(facts, terminal_width()))
     elif console := _terminal():
-        for table in doctor.rich_tables(facts):
+        for table in layout.rich_tables(facts):
             console.print(table)
+        console.print(layout.verdict(facts), markup=False, highlight=False)
     else:
-        print(doctor.text(facts))
+        print(layout.text(facts))
     return 0 if facts["mxnet"]["error"] is None else 1
 
 
@@ -222,6 +225,7 @@ def _parser() -> argparse.ArgumentParser:
         return command.add_argument
 
     option = add("doctor", _doctor)
+    option("--all", action="store_true", help="show what is as it should be too")
     option("--json", action="store_true", help="print JSON for programs to read")
 
     option = add("build-native", _build_native)
