@@ -113,8 +113,12 @@ pythons:
 
 # This list.
 help:
-	@awk '/^#/ { text = text substr($$0, 2); next } \
-	  /^[a-z][a-z0-9-]*:/ { sub(":.*", ""); printf "make %-12s%s\n", $$0, text } { text = "" }' Makefile
+	@width=999; [ -t 1 ] && width=$$(tput cols 2>/dev/null || echo 80); \
+	awk -v width=$$width '/^#/ { text = text substr($$0, 2); next } \
+	  /^[a-z][a-z0-9-]*:/ { sub(":.*", ""); line = sprintf("make %-12s", $$0); n = split(text, word, " "); \
+	    for (i = 1; i <= n; i++) { if (length(line word[i]) >= width) { print line; line = sprintf("%17s", "") } \
+	      line = line " " word[i] } \
+	    print line } { text = "" }' Makefile
 
 # Delete what can be made again.
 clean:

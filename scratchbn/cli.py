@@ -19,7 +19,7 @@ from scratchbn import __version__, native
 from scratchbn import _demo as demo
 from scratchbn._command import Parser, add_job, guarded, integer, named_shape
 from scratchbn._interrupt import importing
-from scratchbn._text import rich_table, terminal_width
+from scratchbn._text import reflowed, terminal_width
 from scratchbn.environment import doctor, layout
 from scratchbn.native import cuda
 
@@ -83,6 +83,7 @@ def _parity(arguments: argparse.Namespace) -> int:
     """Compare ScratchBatchNorm with nn.BatchNorm over a grid, on every backend that can be had."""
     with importing():
         from scratchbn.parity import backends_at_hand, run_grid, standard_grid
+        from scratchbn.parity.summary import summary
 
     cases: Any = standard_grid(full=arguments.full)
     cases = [case for case in cases if case.dtype in (arguments.dtype or [case.dtype])]
@@ -96,13 +97,7 @@ def _parity(arguments: argparse.Namespace) -> int:
         report.to_json(arguments.json)
     if arguments.html:
         report.to_html(arguments.html, title="ScratchBatchNorm and nn.BatchNorm")
-    if console := _terminal():
-        drawn = rich_table(report.verdict, *report.table())
-        for row, line in zip(drawn.rows, report.table()[1]):
-            row.style = "bold red" if "FAIL" in line else None
-        console.print(drawn)
-    else:
-        print(report)
+    print(summary(report, terminal_width(), arguments.all))
     return 0 if report else 1
 
 
@@ -113,7 +108,7 @@ def _fold(arguments: argparse.Namespace) -> int:
 
     before, options = _model(arguments)
     symbol, params, report = deploy.fold(*before, style=arguments.style, **options)
-    print(report)
+    print(reflowed(str(report), terminal_width()))
     _write(arguments, symbol, params, report)
     return 0
 
@@ -129,8 +124,8 @@ def _convert(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--shape must name an input of the symbol, got {unknown[0]!r}")
     symbol, params, report = convert_files(*before, to=arguments.to, **options)
     for entry in report.converted:
-        print(entry)
-    print(report)
+        print(reflowed(str(entry), terminal_width()))
+    print(reflowed(str(report), terminal_width()))
     _write(arguments, symbol, params, report)
     return 0
 
@@ -155,7 +150,7 @@ def _infer_symbol(arguments: argparse.Namespace) -> int:
         shapes=dict(arguments.shape),
         verify=arguments.verify,
     )
-    print(_measured(arguments, comparison))
+    print(reflowed(_measured(arguments, comparison), terminal_width()))
     print(f"written: {path}")
     return 0
 
@@ -178,7 +173,7 @@ def _write(arguments: argparse.Namespace, symbol: Any, params: Any, report: Any)
     with importing():
         from scratchbn import deploy
 
-    print(_measured(arguments, report.comparison))
+    print(reflowed(_measured(arguments, report.comparison), terminal_width()))
     there = any(Path(file).exists() for file in _files(arguments.out))
     deploy.write_model(arguments.out, symbol, params)
     print(f"written{', in place of what was there' * there}: {', '.join(_files(arguments.out))}")
@@ -243,6 +238,7 @@ def _parser() -> argparse.ArgumentParser:
     option = add("parity", _parity)
     dtypes = ("float64", "float32", "float16")
     only = "only cases of this dtype; may be given more than once"
+    option("--all", action="store_true", help="show the comparisons that agree too")
     option("--full", action="store_true", help="combine options; takes minutes")
     option("--dtype", action="append", choices=dtypes, help=only)
     backends = "of portable, native and auto (default: all that can be had without building)"
