@@ -11,6 +11,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from scratchbn import __version__, native
 from scratchbn import _demo as demo
 from scratchbn._command import Parser, add_job, guarded, integer, named_shape
 from scratchbn._interrupt import importing
-from scratchbn._text import reflowed, terminal_width
+from scratchbn._text import fitted, reflowed, terminal_width
 from scratchbn.environment import doctor, layout
 from scratchbn.native import cuda
 
@@ -108,8 +109,13 @@ def _fold(arguments: argparse.Namespace) -> int:
 
     before, options = _model(arguments)
     symbol, params, report = deploy.fold(*before, style=arguments.style, **options)
-    print(reflowed(str(report), terminal_width()))
+    shown = report if arguments.all else replace(report, folded=())
+    rows = [(line.node, line.result, line.because) for line in (*shown.folded, *shown.kept)]
+    if rows:
+        print(fitted(("layer", "result", "because"), rows, terminal_width()))
+    more = "" if arguments.all or not report.folded else " (--all shows the folded ones)"
     _write(arguments, symbol, params, report)
+    print(f"{len(report.folded)} folded, {len(report.kept)} kept{more}")
     return 0
 
 
@@ -123,10 +129,12 @@ def _convert(arguments: argparse.Namespace) -> int:
     if unknown:
         raise ValueError(f"--shape must name an input of the symbol, got {unknown[0]!r}")
     symbol, params, report = convert_files(*before, to=arguments.to, **options)
-    for entry in report.converted:
+    for entry in report.converted * arguments.all:
         print(reflowed(str(entry), terminal_width()))
-    print(reflowed(str(report), terminal_width()))
+    counts, *remarks = str(report).splitlines()
+    print("".join(f"{reflowed(line, terminal_width())}\n" for line in remarks), end="")
     _write(arguments, symbol, params, report)
+    print(f"{counts}{'' if arguments.all else ' (--all shows them)'}")
     return 0
 
 
@@ -281,6 +289,7 @@ def _add_model(option: Callable[..., Any]) -> None:
     files = "write PREFIX-symbol.json and -0000.params"
     option("symbol", help="model-symbol.json")
     option("params", help="model-0000.params")
+    option("--all", action="store_true", help="list what went as it should too")
     option("--out", required=True, metavar="PREFIX", help=files)
     _add_shape(option)
 
