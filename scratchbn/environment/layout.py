@@ -12,8 +12,6 @@ _VERDICTS = {
     None: "not known whether this mxnet has code for it",
 }
 
-Section = tuple[str, "list[tuple[str, str]]"]
-
 
 def verdict(facts: dict[str, Any]) -> str:
     """Return in a sentence whether it works, and with what."""

@@ -19,6 +19,7 @@ from terminal import in_terminal
 
 EXAMPLE = ["models/__init__.py", "models/_norm.py", "models/lenet.py", "scripts/train_lenet.py"]
 VERDICT = "float64 is that of nn.BatchNorm, the exported symbols agree with the net"
+IGNORED = {".venv", "build", "dist", "runs", "__pycache__"}
 MADE = {"PKG-INFO", "setup.cfg"}  # what building adds to a source distribution
 BUILD = """
 import sys
@@ -43,9 +44,9 @@ def built(tmp_path_factory):
     """The folder of both, built from a copy of the repository."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     names = tracked() or [
-        str(path.relative_to(REPOSITORY))
-        for path in REPOSITORY.rglob("*")
-        if path.is_file() and not {".venv", "build", "runs", "__pycache__"} & set(path.parts)
+        str(path)
+        for path in (file.relative_to(REPOSITORY) for file in REPOSITORY.rglob("*"))
+        if (REPOSITORY / path).is_file() and not IGNORED & set(path.parts)
     ]
     for name in names:
         (source / name).parent.mkdir(parents=True, exist_ok=True)
