@@ -48,6 +48,7 @@ class ChannelView:
     def __init__(self, F: Any, x: Array, axis: int) -> None:
         self._F = F
         self.x = x
+        self._axis = axis
         if is_symbol(x):
             self._infer(axis)
         else:
@@ -103,6 +104,14 @@ class ChannelView:
             return reshape(self._F, row, self._channels)
         first, rest = {"lhs_begin": 0, "lhs_end": 1}, {"rhs_begin": 1, "rhs_end": None}
         return self._F.reshape_like(row.reshape((-1,)), self._samples, **first, **rest).flatten()
+
+    def _be_matrix(self) -> None:
+        """See a symbol as of shape (L, C * S), for a view that multiplies matrices."""
+        if self._has_rank_3:
+            self._has_rank_3 = False
+            # From x itself: MXNet cannot reorder three axes of what oneDNN laid out in five.
+            self._samples = _channels_second(self._F, _at_least_rank_2(self.x), self._axis)
+            self.values = self._samples.flatten()
 
     def shaped(self, vector: Array) -> Array:
         """Return `vector`; a graph infers from this that its shape is (C,)."""
@@ -160,8 +169,12 @@ def _channels_in_the_middle(F: Any, x: Array, axis: int) -> Array:
     """Merge the axes of a symbol to (L, C, S), whatever its rank; an error if it is 1."""
     if axis == 1:
         return distinct(x.reshape(shape=(0, 0, -1)))
-    x = _channels_second(F, distinct(x.reshape(shape=(0, 0, -2))), axis)
-    return x.reshape(shape=(0, 0, -1))
+    return _channels_second(F, _at_least_rank_2(x), axis).reshape(shape=(0, 0, -1))
+
+
+def _at_least_rank_2(x: Array) -> Array:
+    """Return a symbol itself; there is an error, when shapes are known, if its rank is 1."""
+    return distinct(x.reshape(shape=(0, 0, -2)))
 
 
 def _channels_second(F: Any, x: Array, axis: int) -> Array:
