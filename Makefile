@@ -19,7 +19,7 @@ else
 endif
 STALE := $(if $(filter-out $(WANTED),$(HAS))$(filter-out $(HAS),$(WANTED)),rebuild)
 
-.PHONY: help train test test-cu112 rehearse-gpu gpu-kit parity bench lint check sanitize soak pythons clean lock rebuild
+.PHONY: help train test test-cu112 rehearse-gpu gpu-kit parity notebook bench lint check sanitize soak pythons clean lock rebuild
 .DELETE_ON_ERROR:
 
 # With ARGS="--device gpu" in .venv-cu112, which `make test-cu112` makes too.
@@ -39,6 +39,10 @@ check: $(READY)
 # Everything against the built-in and a NumPy oracle; ARGS=--full for the whole grid.
 parity: $(READY)
 	$(BIN)/python scripts/parity_report.py $(ARGS)
+
+# Run the notebook of docs/learn and save it with its outputs.
+notebook: $(READY)
+	$(BIN)/python scripts/run_notebook.py $(ARGS)
 
 # Speed and memory against the built-in; results in ARGS="--out DIRECTORY".
 bench: $(READY)

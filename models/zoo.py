@@ -90,7 +90,7 @@ def get_model(
         )
     if norm_layer is not ScratchBatchNorm:
         return net
-    net, report = to_scratch(net)
+    net, report = to_scratch(net, report=True)
     if report.skipped:
         raise ValueError(f"{name} cannot be built with ScratchBatchNorm alone: {report}")
     return net

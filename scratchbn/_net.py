@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from mxnet.gluon import Block, HybridBlock, Parameter, SymbolBlock, nn
 from mxnet.gluon.block import _flatten, _regroup
@@ -32,6 +32,7 @@ BuiltInBatchNorm = _BatchNorm  # the base of nn.BatchNorm, nn.BatchNormReLU and 
 NORM_LAYERS = (BuiltInBatchNorm, ScratchBatchNorm)
 
 Array = Any
+Net = TypeVar("Net", bound=Block)
 Copies = list[tuple[Array, Array]]
 
 

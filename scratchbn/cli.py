@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from scratchbn import native
-from scratchbn._command import add_job, integer, named_shape
+from scratchbn import __version__, native
+from scratchbn._command import Parser, add_job, integer, named_shape
 from scratchbn._text import rich_table
 from scratchbn.environment import doctor
 from scratchbn.native import cuda
@@ -25,6 +27,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         status: int = arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads it, such as `head`, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        print(f"scratchbn {arguments.command}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     except (OSError, ValueError, ImportError, native.BackendError) as error:
         print(f"scratchbn {arguments.command}: {error}", file=sys.stderr)
         return 1
@@ -172,9 +181,10 @@ def _terminal() -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="scratchbn", description="Batch normalization for MXNet Gluon, written from scratch."
     )
+    parser.add_argument("--version", action="version", version=f"scratchbn {__version__}")
     commands = parser.add_subparsers(
         title="commands", dest="command", required=True, metavar="command"
     )

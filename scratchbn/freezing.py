@@ -5,15 +5,14 @@ The module is not called ``freeze``, so that ``scratchbn.freeze`` is always the 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 from warnings import warn
 
 import mxnet as mx
-from mxnet.gluon import Block
 
 from ._checks import check_flag
 from ._hidden import HiddenNorm, freeze_hidden, hidden_norms, warn_of_hidden
-from ._net import blocks_of, check_block, clear_graphs, norm_layers, options_of, values_of
+from ._net import Net, blocks_of, check_block, clear_graphs, norm_layers, options_of, values_of
 
 __all__ = ["freeze", "unfreeze"]
 
@@ -21,7 +20,19 @@ _GLOBAL_STATS_BEFORE = "_use_global_stats_before_freeze"
 _GRAD_REQ_BEFORE = "_grad_req_before_freeze"
 
 
-def freeze(net: Block, parameters: bool = False) -> tuple[str, ...]:
+@overload
+def freeze(net: Net, parameters: bool = ..., *, report: Literal[False] = False) -> Net: ...
+
+
+@overload
+def freeze(
+    net: Net, parameters: bool = ..., *, report: Literal[True]
+) -> tuple[Net, tuple[str, ...]]: ...
+
+
+def freeze(
+    net: Net, parameters: bool = False, *, report: bool = False
+) -> Net | tuple[Net, tuple[str, ...]]:
     """Make all batch normalization layers of a net use their running statistics, in training too.
 
     Works for :class:`ScratchBatchNorm`, ``nn.BatchNorm`` and subclasses of both, and for either
@@ -40,17 +51,21 @@ def freeze(net: Block, parameters: bool = False) -> tuple[str, ...]:
     parameters : bool, default False
         Also stop training gamma and beta: set their ``grad_req`` to ``'null'``. Once frozen, they
         stay so until :func:`unfreeze`.
+    report : bool, default False
+        Return the paths, too.
 
     Returns
     -------
-    tuple of str
-        The paths of the layers that were not frozen, or not so far, before; in a graph, that of
-        the ``SymbolBlock`` and the name of the layer.
+    net : Block
+        The same object.
+    paths : tuple of str
+        With ``report=True``: the paths of the layers that were not frozen, or not so far, before;
+        in a graph, that of the ``SymbolBlock`` and the name of the layer.
 
     Raises
     ------
     TypeError
-        If `net` is not a Block or `parameters` is not True or False.
+        If `net` is not a Block, or `parameters` or `report` is not True or False.
 
     Warns
     -----
@@ -65,17 +80,18 @@ def freeze(net: Block, parameters: bool = False) -> tuple[str, ...]:
     >>> from scratchbn import ScratchBatchNorm
     >>> net = nn.HybridSequential()
     >>> net.add(nn.Dense(4), ScratchBatchNorm(), nn.Dense(2))
-    >>> freeze(net, parameters=True)
+    >>> net, paths = freeze(net, parameters=True, report=True)
+    >>> paths
     ('1',)
     >>> net[1]._kwargs["use_global_stats"], net[1].gamma.grad_req
     (True, 'null')
-    >>> unfreeze(net)
-    ('1',)
+    >>> net = unfreeze(net)
     >>> net[1]._kwargs["use_global_stats"], net[1].gamma.grad_req
     (False, 'write')
     """
     check_block(net)
     check_flag("parameters", parameters)
+    check_flag("report", report)
     blocks = blocks_of(net)
     warn_of_hidden(blocks, "were not frozen")
     norms = {**dict(norm_layers(blocks)), **hidden_norms(blocks)}
@@ -96,28 +112,41 @@ def freeze(net: Block, parameters: bool = False) -> tuple[str, ...]:
     if changed:
         clear_graphs(blocks)
         _warn_of_untrained(changed)
-    return tuple(path for _, path in changed)
+    return (net, tuple(path for _, path in changed)) if report else net
 
 
-def unfreeze(net: Block) -> tuple[str, ...]:
+@overload
+def unfreeze(net: Net, *, report: Literal[False] = False) -> Net: ...
+
+
+@overload
+def unfreeze(net: Net, *, report: Literal[True]) -> tuple[Net, tuple[str, ...]]: ...
+
+
+def unfreeze(net: Net, *, report: bool = False) -> Net | tuple[Net, tuple[str, ...]]:
     """Put back what :func:`freeze` changed; layers that were not frozen by it stay as they are.
 
     Parameters
     ----------
     net : Block
         Any net, or a norm layer itself.
+    report : bool, default False
+        Return the paths, too.
 
     Returns
     -------
-    tuple of str
-        The paths of the layers that were frozen.
+    net : Block
+        The same object.
+    paths : tuple of str
+        With ``report=True``: the paths of the layers that were frozen.
 
     Raises
     ------
     TypeError
-        If `net` is not a Block.
+        If `net` is not a Block or `report` is not True or False.
     """
     check_block(net)
+    check_flag("report", report)
     blocks = blocks_of(net)
     norms = {**dict(norm_layers(blocks)), **hidden_norms(blocks)}
     hidden = freeze_hidden(blocks, frozen=False)
@@ -133,7 +162,7 @@ def unfreeze(net: Block) -> tuple[str, ...]:
         changed.append(path)
     if changed:
         clear_graphs(blocks)
-    return tuple(changed)
+    return (net, tuple(changed)) if report else net
 
 
 def _frozen_state(norm: Any) -> list[Any]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, Literal, overload
 
 import mxnet as mx
 import numpy as np
@@ -19,6 +19,7 @@ from ._checks import check_choice, check_flag, check_integer
 from ._graph.arrays import to_classic
 from ._hidden import HiddenNorm, hidden_norms, hidden_states, imported, warn_of_hidden
 from ._net import (
+    Net,
     blocks_of,
     channel_axis,
     check_block,
@@ -42,15 +43,42 @@ Array = Any
 _ACCUMULATORS = {"population": Population, "cumulative": CumulativeAverage}
 
 
+@overload
 def recalibrate(
-    net: Block,
+    net: Net,
+    data: Iterable[Any],
+    batches: int | None = ...,
+    *,
+    mode: str = ...,
+    progress: bool = ...,
+    call: Callable[[Any, Any], Any] | None = ...,
+    report: Literal[False] = False,
+) -> Net: ...
+
+
+@overload
+def recalibrate(
+    net: Net,
+    data: Iterable[Any],
+    batches: int | None = ...,
+    *,
+    mode: str = ...,
+    progress: bool = ...,
+    call: Callable[[Any, Any], Any] | None = ...,
+    report: Literal[True],
+) -> tuple[Net, int]: ...
+
+
+def recalibrate(
+    net: Net,
     data: Iterable[Any],
     batches: int | None = None,
     *,
     mode: str = "population",
     progress: bool = True,
     call: Callable[[Any, Any], Any] | None = None,
-) -> int:
+    report: bool = False,
+) -> Net | tuple[Net, int]:
     """Set the running statistics of all norm layers of a net to those of the data.
 
     They are gathered batch by batch in float64, see :class:`~scratchbn.population.Population`. For
@@ -83,11 +111,16 @@ def recalibrate(
     call : callable, optional
         How the net is called: ``call(net, batch)``, with a batch as `data` yields it; for nets
         and batches of any other form. Arrays are then handed over where they are.
+    report : bool, default False
+        Return the number of batches, too.
 
     Returns
     -------
-    int
-        How many batches were used; 0, with no batch taken, if there is no layer to set.
+    net : Block
+        The same object.
+    used : int
+        With ``report=True``: how many batches were used; 0, with no batch taken, if there is no
+        layer to set.
 
     Raises
     ------
@@ -127,8 +160,7 @@ def recalibrate(
     >>> from scratchbn import ScratchBatchNorm
     >>> layer = ScratchBatchNorm(in_channels=1)
     >>> layer.initialize()
-    >>> recalibrate(layer, [mx.nd.array([[1.0]]), mx.nd.array([[3.0], [5.0]])])
-    2
+    >>> layer = recalibrate(layer, [mx.nd.array([[1.0]]), mx.nd.array([[3.0], [5.0]])])
     >>> print(layer.running_mean.data().asnumpy(), layer.running_var.data().asnumpy())
     [3.] [2.6666667]
     """
@@ -139,6 +171,7 @@ def recalibrate(
         batches = check_integer("batches", batches, least=1)
     mode = check_choice("mode", mode, _ACCUMULATORS)
     progress = check_flag("progress", progress)
+    check_flag("report", report)
     if call is not None and not callable(call):
         raise TypeError(f"call must be callable as call(net, batch), got {call!r}")
     if isinstance(data, mx.io.DataIter):
@@ -149,14 +182,14 @@ def recalibrate(
     norms = {**dict(norm_layers(blocks)), **hidden_norms(blocks)}
     layers = [layer for layer in norms if not _is_frozen(layer)]
     if not layers:
-        return 0
+        return (net, 0) if report else net
     mx.nd.waitall()  # graphs with static_shape write to the statistics behind the engine's back
     gathered = _Gathered(_ACCUMULATORS[mode])
     used = _gather(net, blocks, norms, _calls(net, data, batches, progress, call), gathered)
     if used < (batches or 1):
         raise ValueError(f"data must have at least {batches or 1} batches, got {used}")
     _write([value for layer in layers for value in _new_values(layer, gathered)])
-    return used
+    return (net, used) if report else net
 
 
 def _is_frozen(layer: Any) -> bool:

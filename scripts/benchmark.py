@@ -82,6 +82,8 @@ def build_parser() -> argparse.ArgumentParser:
     batch = "sizes of batch for the nets (default: each its own)"
     add("--batch", nargs="+", type=integer(1), metavar="N", help=batch)
     add("--work", nargs="+", choices=WORKS, default=list(WORKS), metavar="WORK", help=works)
+    eager = "do not hybridize: nets and layers as they run live, without folded work and memory"
+    add("--eager", action="store_true", help=eager)
     effort = parser.add_mutually_exclusive_group()
     seconds = (
         f"for each net in each kind of work (default: {_EFFORT[0]:g}, with --quick "
@@ -91,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     effort.add_argument("--rounds", type=integer(1), help="rounds, instead of seconds")
     quick = "a look in under a minute: few nets, small layers, short samples, no memory"
     add("--quick", action="store_true", help=quick)
-    peak = "measure peak memory in training (default: on, but for --quick)"
+    peak = "measure peak memory in training (default: on, but for --quick and --eager)"
     add("--memory", action=argparse.BooleanOptionalAction, default=None, help=peak)
     add("--against", choices=("torch",), help="add the same nets in PyTorch, which must be there")
     python = "with --against torch, a Python that has it (default: this one)"
@@ -142,6 +144,8 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     """Refuse what argparse cannot."""
     if options.torch_python and not options.against:
         parser.error("argument --torch-python: needs --against torch")
+    if options.eager and options.memory:
+        parser.error("argument --memory: only of hybridized nets, without --eager")
     for given, there in zip(options.profile or (), (_ALL_NETS, ENTRIES)):
         if given not in there:
             parser.error(f"argument --profile: {given!r} is none of {', '.join(there)}")
@@ -159,7 +163,9 @@ def _measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
         raise ValueError(f"argument --out: {str(options.out)!r} is not writable")
     command = shlex.join(["python", "scripts/benchmark.py", *arguments])
     report = Report(command, machine.describe(), machine.versions(), notes=notes)
-    groups = plan.groups(nets, options.work, options.quick, report.notes, options.batch)
+    groups = plan.groups(
+        nets, options.work, options.quick, report.notes, options.batch, options.eager
+    )
     seconds, sample_seconds = _QUICK_EFFORT if options.quick else _EFFORT
     effort = Effort(options.seconds or seconds, options.rounds, sample_seconds)
     python = (options.torch_python or sys.executable) if options.against else ""
@@ -173,7 +179,8 @@ def _measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
             report.groups.append(group)
             for name, problem in group.problems.items():
                 report.notes.append(f"{net.title}, {work}: {name} fails: {problem}")
-    if not options.quick if options.memory is None else options.memory:
+    without = options.quick or options.eager
+    if not without if options.memory is None else options.memory:
         measured = [NETS[name] for name in nets if name in NETS]
         report.memory, failed = memory.measure_memory(measured, entries, python)
         report.notes += failed

@@ -34,6 +34,7 @@ try:
     from scratchbn.train import Run, Session, Workers
     from scratchbn.train.cluster import LAUNCHER
     from scratchbn.train.plot import plot
+    from scratchbn.train.repeat import check_alone, over_seeds
     from scratchbn.train.results import save_net, write_or_elsewhere
 
     import mxnet as mx
@@ -90,6 +91,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="learning rate of plain SGD on the summed loss of a batch; the default, 0.001, equals "
         "0.064 on the mean loss of 64 images")
     add("--seed", type=integer(0, 2**31 - 1), default=1, help="for weights and order (default: 1)")
+    add("--seeds", type=integer(2), metavar="N",
+        help="train with N seeds, from --seed on, each in DIR/seed-S, and print the difference to "
+        "nn.BatchNorm with its 95%% interval; --resume leaves out the seeds that are finished")
     add("--limit", type=integer(1), metavar="N", help="use the first N training and test images")
     add("--no-hybridize", dest="hybridize", action="store_false", help="train in eager mode")
     add("--debug", action="store_true",
@@ -203,11 +207,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def attempt(options: Namespace, arguments: Sequence[str], workers: Workers) -> int:
     """Train; return the exit status, and report in one line what the user can do about."""
     try:
+        check_alone(options)
         devices, dataset = training.resolve_devices(options.device), load(options.data)
         training.make_directory(options.out)
     except (DatasetError, DeviceError, OSError, ValueError) as error:
         return fail(NAME, 2, str(error))
+    twin = options.norm == "scratch" and options.compare is not False
+    if options.compare and not twin and workers.rank == 0:
+        print(f"note: --compare does nothing with --norm {options.norm}", flush=True)
+    options.compare = twin
     try:
+        if options.seeds:
+            once = partial(train, devices=devices, dataset=dataset, workers=workers)
+            return over_seeds(options, dataset.name, once)
         return train(options, devices, dataset, workers)
     except training.Interrupted as interruption:
         if interruption.path is None:
@@ -235,15 +247,10 @@ def train(options: Namespace, devices: list[Any], dataset: Dataset, workers: Wor
     device, device_names = devices[0], ", ".join(map(str, devices))
     say(f"data    {dataset.name}: {counts['train']:,} training and {counts['test']:,} test images")
     say(f"device  {device_names}" + (f"\nworkers {workers.size}" if workers.size > 1 else ""))
-    twin = options.norm == "scratch" and options.compare is not False
-    if options.compare and not twin:
-        say(f"note: --compare does nothing with --norm {options.norm}")
-    options.compare = twin
-
     sgd = {"learning_rate": options.lr}
     runs = [
         Run(norm, build(norm, options, devices), cross_entropy, "sgd", sgd, workers)
-        for norm in ([options.norm, "builtin"] if twin else [options.norm])
+        for norm in ([options.norm, "builtin"] if options.compare else [options.norm])
     ]
     orders = [
         np.random.default_rng((options.seed, epoch)).permutation(counts["train"])
@@ -288,7 +295,7 @@ def train(options: Namespace, devices: list[Any], dataset: Dataset, workers: Wor
             if options.debug:
                 net = build(options.norm, options, [device])
                 look_inside(net, mx.nd.array(pixels, device), mx.nd.array(labels, device))
-            if twin:
+            if options.compare:
                 check = cross_check(pixels, labels, options.seed)
                 verdict = "holds" if check else "FAILED, see the end"
                 say(f"cross-check with nn.BatchNorm, one step in float64: {verdict}")

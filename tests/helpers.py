@@ -34,6 +34,7 @@ CLOSE = {
 }
 
 BFLOAT16 = np.dtype([("bfloat16", np.uint16)])  # as MXNet has it
+SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")  # `make sanitize`
 
 
 def make(*arguments, env=None, **variables):
@@ -193,6 +194,16 @@ def take_step(subject, x, dy, *, record_train=True, backward_train=True, backwar
         dgamma=subject.gradient("gamma"),
         dbeta=subject.gradient("beta"),
     )
+
+
+def forward_backward(net, data, head):
+    """Take data that gets a gradient through a net in training and back; return the output."""
+    data.attach_grad()
+    with autograd.record():
+        y = net(data)
+    y.backward(head)
+    mx.nd.waitall()
+    return y
 
 
 def check_step(actual, expected, dtype="float64"):

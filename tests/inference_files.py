@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from scratchbn import ScratchBatchNorm
-from scratchbn.deploy import export_inference
+from scratchbn.deploy import export_inference, load_params, load_symbol, write_inference_symbol
 
 import helpers
 import mxnet as mx
@@ -46,6 +46,15 @@ def load(prefix, *names):
     return SymbolBlock.imports(
         f"{prefix}-symbol.json", list(names) or ["data"], f"{prefix}-0000.params"
     )
+
+
+def inferring(symbol, params, folder, **options):
+    """Write a model, and an inference symbol to it; return the model of the second symbol."""
+    symbol, params = load_symbol(symbol), load_params(params)
+    path = folder / "inferring-symbol.json"
+    path.write_text(symbol.tojson(remove_amp_cast=False), "utf-8")
+    mx.nd.save(str(folder / "inferring-0000.params"), params)
+    return mx.sym.load(write_inference_symbol(path, **options)), params
 
 
 def operators(prefix):

@@ -10,6 +10,9 @@ from mxnet.name import NameManager
 from .arrays import Array
 from .trace import current
 
+# The attribute of the last node of a layer, whatever the node is called in a file.
+LAST = "__last_of_layer__"
+
 
 class DistinctNames(NameManager):
     """Gives no name twice in a graph, inside a ``with`` block.
@@ -31,7 +34,7 @@ class DistinctNames(NameManager):
     def name_last(self, y: Array, name: str) -> None:
         """Give the node that computed `y` a name; on further calls in a graph a number too."""
         numbered = (self._outer(f"{name}{number or ''}", name) for number in count())
-        y._set_attr(name=self._first_free(numbered))
+        y._set_attr(name=self._first_free(numbered), **{LAST: "True"})
 
     def _outer(self, name: str | None, hint: str) -> str:
         return str(self._old_manager.get(name, hint))

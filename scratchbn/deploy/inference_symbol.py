@@ -9,21 +9,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import mxnet as mx
-import numpy as np
-
 from .._checks import check_flag
 from .._comparison import NOT_MADE, Comparison
 from .._graph.nodes import Graph, Node, Output
 from .._net import BATCH_NORM_OPERATORS
-from .._text import first_line
 from .._writing import PathLike, check_directory, write_text
 from ..backends.inference.calls import Call, described
 from ..backends.inference.factors import Fact
 from ..backends.inference.rewrite import has_bias_per_channel, rewrite
 from ._files import known_shapes, load_params, load_symbol, plain_name
-from ._lower.infer import ranks_of
-from ._norm_nodes import check_parameters, obstacle, with_more_outputs
+from ._lower.infer import ranks_of, types_and_shapes
+from ._norm_nodes import check_parameters, epsilon_of, obstacle, with_more_outputs
 from ._verify import verify as compare
 
 __all__ = ["write_inference_symbol"]
@@ -140,7 +136,7 @@ def write_compared(
     comparison = NOT_MADE
     if verify:
         comparison = compare((before, values), (after, values), known)
-    write_text(target, after.tojson())
+    write_text(target, after.tojson(remove_amp_cast=False))
     return str(target), comparison
 
 
@@ -180,8 +176,8 @@ def _builtin(node: Node, variables: Mapping[str, Node], more: set[str]) -> Call 
         Output(node),
         node.inputs[0],
         tuple(node.inputs[1:5]),
-        axis=int(node.attrs.get("axis", 1)),
-        epsilon=float(node.attrs.get("eps", 1e-3)),
+        axis=node.integer("axis", 1),
+        epsilon=epsilon_of(node),
         scale=not node.flag("fix_gamma", True),
         center=True,
         relu="Activation" if node.op == "_contrib_BatchNormWithReLU" else None,
@@ -196,30 +192,12 @@ def _facts(
         names = {source.node.name: source.node.name for source in call.parameters}
         if values:
             check_parameters(call.node, names, values)
-    part = Graph(graph.symbol([call.node.inputs[0] for call in calls]), amp_casts=True)
-    # Dropout refuses an input of unknown type, and has the shape and type of its input.
-    part.replace({Output(n): n.inputs[0] for n in part.nodes() if n.op == "Dropout"})
-    symbol = part.symbol()
-    names = symbol.list_inputs()
-    known = {name: value.shape for name, value in values.items()} | dict(shapes)
-    types = {name: values[name].dtype for name in names if name in values}
-    found = [()] * len(calls)
-    try:
-        _, dtypes, _ = symbol.infer_type_partial(**types)
-        if all(min(known.get(name, (0,)), default=1) > 0 for name in names):
-            _, found, _ = symbol.infer_shape_partial(**{name: known[name] for name in names})
-    except mx.MXNetError as error:
-        raise ValueError(
-            f"the parameters or the shapes do not match the symbol: {first_line(error)}"
-        ) from error
+    part = graph.symbol([call.node.inputs[0] for call in calls])
+    types, found = types_and_shapes(part, values, shapes, {})
     ranks = ranks_of(graph)
     return [
-        Fact(
-            len(shape) or ranks.get(call.node.inputs[0].node),
-            _channels(call, values),
-            np.dtype(dtype) if dtype else None,
-        )
-        for call, shape, dtype in zip(calls, found, dtypes or [None] * len(calls))
+        Fact(len(shape) or ranks.get(call.node.inputs[0].node), _channels(call, values), dtype)
+        for call, shape, dtype in zip(calls, found or [()] * len(calls), types)
     ]
 
 

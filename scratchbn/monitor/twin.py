@@ -18,6 +18,7 @@ from .._graph.trace import executing
 from .._hidden import HiddenNorm, with_observed
 from .._net import build_cached_op, cached_op, inputs_of_cached_op, retrace, set_cached_op
 from ..backends import get_backend, use_backend
+from ..backends.traced import Traced
 
 Array = Any
 TracedCall = tuple[Any, Array, Array]  # a layer, its input and its output
@@ -64,7 +65,8 @@ class GraphTwin:
             if observed and symbol.list_inputs() == [name for _, name in arguments]:
                 self._length = len(results)
                 self._layers = observed
-                self._op = _compiled(symbol, graph, [is_data for is_data, _ in arguments])
+                compiled = _compiled(symbol, graph, [is_data for is_data, _ in arguments])
+                self._op = Traced(compiled, symbol)
                 break
 
     def is_current(self) -> bool:

@@ -70,7 +70,8 @@ def compare(
         Both nets are cast to it while they are compared.
     rtol, atol : float, optional
         A difference may be at most ``atol + rtol * scale``, where scale is the largest magnitude
-        in the tensor. Default: 1e-10, 1e-5 and 5e-3 by dtype, both of them.
+        in the tensor; for the gradient of a parameter, in all gradients of its layer. Default:
+        1e-10, 1e-5 and 5e-3 by dtype, both of them.
     statistics_rtol, statistics_atol : float, optional
         The same for parameters that are not trained. Default for float64: 1e-12 and 1e-14, or,
         if either net contains MXNet's own layer, 1e-6 and 1e-8, because that one multiplies with

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .phases import Computed
+from .phases import Computed, Tensors
 from .row import ERROR, PARAMETER_GRADIENT, Row
 from .settings import Settings, Tolerance
 
@@ -26,7 +26,8 @@ def differences(
                 # A parameter without a gradient does not move: that is a gradient of zero.
                 a = np.zeros_like(b) if a is None else a
                 b = np.zeros_like(a) if b is None else b
-            found = _difference(a, b, settings.tolerance(kind))
+            least = _beside(tensor, mine, other) if kind == PARAMETER_GRADIENT else 0.0
+            found = _difference(a, b, settings.tolerance(kind), least)
             rows.append(Row(kind, tensor, mode, phase, step, **found, backend=settings.backend))
     for name, computed in (("a", one), ("b", two)):
         if computed.error:
@@ -36,7 +37,24 @@ def differences(
     return rows
 
 
-def _difference(a: np.ndarray | None, b: np.ndarray | None, tolerance: Tolerance) -> dict[str, Any]:
+def _beside(tensor: str, *steps: Tensors) -> float:
+    """Return the largest gradient of the layer that a parameter is of.
+
+    The bias of a layer before a norm has a gradient of zero, a sum that cancels: what is left of
+    it is as rough as the gradients beside it.
+    """
+    layer = tensor.rpartition(".")[0]
+    largest = 0.0
+    for tensors in steps:
+        for (kind, name), values in tensors.items():
+            if kind == PARAMETER_GRADIENT and name.rpartition(".")[0] == layer and values.size:
+                largest = max(largest, float(np.abs(values).max()))
+    return largest if math.isfinite(largest) else 0.0
+
+
+def _difference(
+    a: np.ndarray | None, b: np.ndarray | None, tolerance: Tolerance, least_scale: float = 0.0
+) -> dict[str, Any]:
     """Return the numbers of a row, or why there are none."""
     rtol, atol = tolerance
     note = ""
@@ -61,7 +79,7 @@ def _difference(a: np.ndarray | None, b: np.ndarray | None, tolerance: Tolerance
     return {
         "absolute": absolute,
         "relative": absolute / scale if absolute else 0.0,
-        "allowed": atol + rtol * scale if math.isfinite(scale) else atol,
+        "allowed": atol + rtol * max(scale, least_scale) if math.isfinite(scale) else atol,
         "index": index,
         "note": "" if finite.all() else f"not finite: {a[index]} and {b[index]} at {index}",
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 try:
     from matplotlib.figure import Figure
@@ -12,8 +13,9 @@ except ImportError as error:
 
 from .._writing import PathLike
 from .run import Run
+from .seeds import MEASURES, Paired, Summary
 
-__all__ = ["plot"]
+__all__ = ["plot", "plot_seeds"]
 
 
 def plot(runs: Sequence[Run], path: PathLike, title: str = "") -> None:
@@ -59,3 +61,47 @@ def plot(runs: Sequence[Run], path: PathLike, title: str = "") -> None:
         axes.legend()
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
+
+
+def plot_seeds(summary: Summary, path: PathLike, measure: str = "test_acc") -> None:
+    """Draw what each seed gave with each net, and the differences between two nets.
+
+    Parameters
+    ----------
+    summary : Summary
+    path : str or path
+        What to write; the suffix says how.
+    measure : str
+        ``'test_acc'``, ``'train_acc'`` or ``'loss'``.
+    """
+    differences = summary.differences()
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplot_mosaic("SSSD" if differences else "S")
+    _draw_seeds(axes["S"], summary, measure)
+    if differences:
+        _draw_difference(axes["D"], summary, measure, differences[measure])
+    figure.savefig(path, dpi=120)
+
+
+def _draw_seeds(axes: Any, summary: Summary, measure: str) -> None:
+    order = range(1, len(summary.seeds) + 1)
+    for (net, results), marker, fill in zip(summary.results.items(), "os", ("full", "none")):
+        axes.plot(order, results[measure], marker, fillstyle=fill, label=net)
+    if len(summary.results) == 2:
+        axes.vlines(order, *(r[measure] for r in summary.results.values()), color="0.7", zorder=0)
+    title = f"{MEASURES[measure].capitalize()} after epoch {summary.epochs}"
+    axes.set(xlabel="seed", ylabel=MEASURES[measure], title=title)
+    axes.set_xticks(order, summary.seeds)
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def _draw_difference(axes: Any, summary: Summary, measure: str, found: Paired) -> None:
+    first, second = (results[measure] for results in summary.results.values())
+    above = [a - b for a, b in zip(first, second)]
+    axes.plot([0] * len(above), above, "o", color="0.6", fillstyle="none")
+    axes.errorbar([0], [found.mean], [found.high - found.mean], fmt="o", color="C3", capsize=6)
+    axes.axhline(0, color="0.3", linewidth=0.8)
+    title = " minus ".join(summary.results)
+    axes.set(xticks=[], xlim=(-1, 1), title=title, xlabel="each seed;\nmean, 95% interval")
+    axes.grid(alpha=0.3, axis="y")

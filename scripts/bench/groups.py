@@ -52,7 +52,7 @@ def measure_group(
     torch: TorchWorker | None = None,
 ) -> Group:
     """Measure the entries of one net, and PyTorch where there is a worker."""
-    group = Group(net.name, work, net.shape, net.nbytes, net.layer)
+    group = Group(net.label, work, net.shape, net.nbytes, net.layer)
     data = Data.of(net)
     samplers: dict[str, Sampler] = {}
     runner, expected = None, None

@@ -27,7 +27,7 @@ class Net:
     """A net, or a single norm `layer`, and the shape of its data.
 
     `build` takes what makes norm layers; a `layer` has no loss, no trainer, and a memory floor;
-    `needs` names a package.
+    `needs` names a package. One that is `eager` is not hybridized.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Net:
     shape: tuple[int, ...]
     layer: bool = False
     needs: str = ""
+    eager: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -42,9 +43,14 @@ class Net:
         return 4 * math.prod(self.shape)
 
     @property
+    def label(self) -> str:
+        """The name, and whether it is eager."""
+        return f"{self.name}, eager" if self.eager else self.name
+
+    @property
     def title(self) -> str:
         """The name, and the size of a single layer's data."""
-        return f"{self.name}, {self.nbytes / 2**20:.3g} MiB" if self.layer else self.name
+        return f"{self.label}, {self.nbytes / 2**20:.3g} MiB" if self.layer else self.label
 
     def with_batch(self, size: int) -> Net:
         """Return the net on a batch of another size."""
@@ -58,6 +64,8 @@ class Net:
     def entries(self, work: str, chosen: Sequence[str]) -> list[str]:
         """Return those of the chosen entries that take part."""
         names = [name for name in chosen if work in ENTRIES[name].works]
+        if self.eager:
+            names = [name for name in names if not ENTRIES[name].file]  # a file is a graph
         if not self.layer:
             return names
         left_out = ("none", "textbook") if self.nbytes > _TEXTBOOK_MOST else ("none",)

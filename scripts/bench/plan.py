@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from .entries import ENTRIES, missing_backend
 from .machine import available_memory, cache_sizes
@@ -35,11 +36,12 @@ def groups(
     quick: bool,
     notes: list[str],
     batches: Sequence[int] | None = None,
+    eager: bool = False,
 ) -> list[tuple[Net, str]]:
     """Return each net, and each size of a single layer, with each kind of work it has.
 
-    Nets have their own size of batch, or each of `batches`. Layers too large for the memory are
-    left out, with a note.
+    Nets have their own size of batch, or each of `batches`; none is hybridized if `eager`.
+    Layers too large for the memory are left out, with a note.
     """
     caches, memory = cache_sizes(), available_memory()
     sizes = sweep_sizes(caches[2], caches[3])[: 1 if quick else None]
@@ -52,7 +54,10 @@ def groups(
             notes.append(f"{layer.title} left out: needs {_ALIVE} tensors of memory")
             continue
         found += [(layer, work) for work in works if work != "folded"]
+    if eager:
+        found = [(replace(net, eager=True), work) for net, work in found if work != "folded"]
     if not found:
-        why = "; ".join(notes) or "single layers have no folded work"
+        kind = "eager nets" if eager else "single layers"
+        why = "; ".join(notes) or f"{kind} have no folded work"
         raise ValueError(f"there is nothing to measure: {why}")
     return found

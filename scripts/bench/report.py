@@ -22,8 +22,9 @@ _METHOD = """\
 Ratios of medians to the net with `nn.BatchNorm`, with bootstrap 95% intervals, paired by round; all
 entries of a net are alive together and run in another random order every round. Training is
 forward, loss, backward and a step of SGD with learning rate 0, for single layers forward and
-backward. Nets are hybridized with `static_alloc` and `static_shape`. Wall time is what passes on
-the clock, process time what all cores compute for it, which other programs disturb less."""
+backward. Nets are hybridized with `static_alloc` and `static_shape`, but for those marked eager.
+Wall time is what passes on the clock, process time what all cores compute for it, which other
+programs disturb less."""
 
 _FLOOR = """\
 In multiples of the memory floor: {passes} passes of the tensor at the bandwidth of a copy of the

@@ -83,10 +83,9 @@ class Runner:
 
 
 def build_runner(net: Net, work: str, name: str, data: Data) -> Runner:
-    """Build a net with an entry's norm layer, hybridize it and let it run a few times."""
+    """Build a net with an entry's norm layer, hybridized or eager, and let it run a few times."""
     entry = ENTRIES[name]
-    backend = scratchbn.use_backend(entry.backend) if entry.backend else contextlib.nullcontext()
-    with backend, warnings.catch_warnings():
+    with _chosen(entry.backend), warnings.catch_warnings():
         # The textbook uses no running statistics in training; an imported graph has no types.
         warnings.filterwarnings("ignore", "Parameter .* is not used by any computation")
         warnings.filterwarnings("ignore", "Cannot decide type")
@@ -99,11 +98,24 @@ def build_runner(net: Net, work: str, name: str, data: Data) -> Runner:
         trained = [p for p in block.collect_params().values() if p.grad_req != "null"]
         if entry.file:
             block = _imported(block, data.x, entry.file)
-        block.hybridize(**_STATIC)
+        if not net.eager:
+            block.hybridize(**_STATIC)
         step, output = _calls(net, work, block, data)
+        if net.eager:
+            step, output = (partial(_within, entry.backend, call) for call in (step, output))
         runner = Runner(step, output, sum(parameter.data().size for parameter in trained))
         runner.sample(WARM_UP)
     return runner
+
+
+def _chosen(backend: str | None) -> contextlib.AbstractContextManager[None]:
+    return scratchbn.use_backend(backend) if backend else contextlib.nullcontext()
+
+
+def _within(backend: str | None, call: Callable[[], Any]) -> Any:
+    """Call what chooses its backend anew in each call: eager code."""
+    with _chosen(backend):
+        return call()
 
 
 def copy_runner(data: Data) -> Runner:
@@ -172,7 +184,8 @@ def _calls(
         return lambda: train_output().backward(data.target), train_output
 
     loss = gluon.loss.SoftmaxCrossEntropyLoss()
-    loss.hybridize(**_STATIC)
+    if not net.eager:
+        loss.hybridize(**_STATIC)
     # Without learning, every step is the same work on the same numbers, with any norm layer.
     trainer = gluon.Trainer(block.collect_params(), "sgd", {"learning_rate": 0.0})
 

@@ -22,9 +22,16 @@ TESTS = (
         for path in sorted((REPOSITORY / "tests" / "contract").glob(pattern))
     ),
     "tests/contract/test_export_promise.py",
-    "tests/nets/test_convert.py",
-    "tests/nets/test_recalibrate.py",
-    "tests/zoo/test_zoo.py",
+    "tests/nets/test_convert_nets.py",
+    "tests/nets/test_convert_keeps.py",
+    "tests/nets/test_convert_options.py",
+    "tests/nets/test_convert_exceptions.py",
+    "tests/nets/test_recalibrate_values.py",
+    "tests/nets/test_recalibrate_keeps.py",
+    "tests/nets/test_recalibrate_errors.py",
+    "tests/zoo/test_zoo_built.py",
+    "tests/zoo/test_zoo_converted.py",
+    "tests/zoo/test_zoo_files.py",
     "tests/zoo/test_lenet.py",
 )
 _RESTARTS = 10

@@ -12,13 +12,13 @@ from scratchbn.parity.oracle import OracleBatchNorm
 import mxnet as mx
 import numpy as np
 import pytest
-from helpers import load_kernel
+from helpers import BFLOAT16, load_kernel
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mxnet import autograd
 
 EXAMPLES = int(os.environ.get("SCRATCHBN_FUZZ", 120))
-CLOSE = {"float64": 1e-9, "float32": 2e-4, "float16": 2e-2}
+CLOSE = {"float64": 1e-9, "float32": 2e-4, "float16": 2e-2, "bfloat16": 3e-2}
 STATE = ("gamma", "beta", "running_mean", "running_var")
 REQUESTS = st.sampled_from(["write", "add", "null"])
 LAYOUTS = ("plain", "slice", "reshaped", "transposed", "onednn")
@@ -44,7 +44,7 @@ def problems(draw):
     shape = [draw(size) for _ in range(draw(st.sampled_from([2, 3, 4, 4, 5, 6])))]
     layout = draw(st.sampled_from(LAYOUTS))
     axis = draw(st.integers(-len(shape), len(shape) - 1))
-    dtype = draw(st.sampled_from(["float32", "float32", "float64", "float16"]))
+    dtype = draw(st.sampled_from(["float32", "float32", "float64", "float16", "bfloat16"]))
     if layout == "onednn":  # between convolutions, channels in blocks of 8 or 16
         shape, dtype = (
             [draw(st.sampled_from([1, 3])), draw(st.sampled_from([3, 8, 16])), 5, 4],
@@ -67,7 +67,7 @@ def problems(draw):
         "relu": draw(st.booleans()),
         "hybrid": draw(st.booleans()),
         "training": draw(st.sampled_from([True, True, False])),
-        "numpy": draw(st.booleans()) and layout != "onednn",
+        "numpy": draw(st.booleans()) and layout != "onednn" and dtype != "bfloat16",
         "context": mx.cpu(draw(st.integers(0, 3))),
         "requests": {name: draw(REQUESTS) for name in ("data", "gamma", "beta")},
         "odd": draw(odd),
@@ -79,6 +79,12 @@ def problems(draw):
 
 def laid_out(values, layout, dtype, context):
     """Return an array of these values, which may share memory with a larger one."""
+    if dtype == "bfloat16":  # NumPy has none, and MXNet transposes none
+        whole = laid_out(values, "plain", "float32", context)
+        if layout == "slice":
+            return mx.nd.concat(whole[:1], whole, dim=0).astype(BFLOAT16)[1:]
+        whole = whole.astype(BFLOAT16)
+        return whole.reshape(-1).reshape(whole.shape) if layout == "reshaped" else whole
     make = mx.np.array if mx.util.is_np_array() else mx.nd.array
     if layout == "slice":
         padded = np.concatenate([values[:1], values, values[:1]])
@@ -88,6 +94,13 @@ def laid_out(values, layout, dtype, context):
     if layout == "transposed":
         return make(np.ascontiguousarray(values.T), dtype=dtype, ctx=context).transpose()
     return make(values, dtype=dtype, ctx=context)
+
+
+def held(values, dtype):
+    """Return what an array of this dtype holds of these values, in what NumPy has."""
+    if dtype != "bfloat16":
+        return values.astype(dtype)
+    return (values.astype("float32").view("uint32") & np.uint32(0xFFFF0000)).view("float32")
 
 
 def through_convolution(x):
@@ -125,29 +138,35 @@ def built(shape, dtype, options, call, rng):
 def step(layer, shape, dtype, call, x, dy):
     """Take a step; return output and gradients as NumPy arrays, those that were asked for."""
     context, request = call["context"], call["requests"]["data"]
+    there = 1 if dtype == "bfloat16" else 7  # what is in a gradient before; bfloat16 has 3 digits
     data = laid_out(x, call["layout"], dtype, context)
     head = laid_out(dy, call["layout"], dtype, context)
     onednn = call["layout"] == "onednn"
     if request != "null":
         data.attach_grad(grad_req=request)
-        data.grad[:] = 7
+        data.grad[:] = there
     wanted = {"dx": data} if request != "null" else {}
     for name in ("gamma", "beta"):
         parameter = getattr(layer, name)
         if parameter.grad_req != "null":
-            parameter.grad(context)[:] = 7
+            parameter.grad(context)[:] = there
             wanted[f"d{name}"] = parameter.data(context)
     with use_backend("native"), autograd.record(train_mode=call["training"]):
         y = layer(through_convolution(data) if onednn else data)
         y = through_convolution(y) if onednn else y
     if wanted:
         y.backward(head, train_mode=call["training"])
-    found = {"y": y.asnumpy()}
+    assert y.dtype == data.dtype
+    found = {"y": as_numpy(y)}
     requests = {**call["requests"], "x": request}
     for name, array in wanted.items():
-        before = 7 if requests[name[1:]] == "add" else 0
-        found[name] = array.grad.asnumpy().astype(np.float64) - before
+        before = there if requests[name[1:]] == "add" else 0
+        found[name] = as_numpy(array.grad).astype(np.float64) - before
     return found
+
+
+def as_numpy(array):
+    return (array.astype("float32") if array.dtype == BFLOAT16 else array).asnumpy()
 
 
 @fuzzed
@@ -163,10 +182,10 @@ def test_any_layer_is_right(problem):
             return  # MXNet has no such slices, and Gluon no Parameters of no elements
         layer, oracle = built(shape, dtype, options, call, rng)
         before = {name: getattr(oracle, name) for name in STATE[2:]}
-        x = rng.normal(call["mean"], 2, shape).astype(dtype)
-        dy = rng.normal(size=shape).astype(dtype)
+        x = held(rng.normal(call["mean"], 2, shape), dtype)
+        dy = held(rng.normal(size=shape), dtype)
         if call["odd"] is not None and x.size:
-            x.reshape(-1)[0] = call["odd"]
+            x.reshape(-1)[0] = held(np.array([call["odd"]]), dtype)[0]
         if call["relu"]:  # where rounding decides about the kink there is no gradient
             linear = OracleBatchNorm(**{k: getattr(oracle, k) for k in STATE}, **options)
             take = linear.train_step if call["training"] else linear.infer_step
@@ -184,7 +203,8 @@ def test_any_layer_is_right(problem):
         mx.npx.set_np(shape=shapes, array=arrays) if shapes else mx.npx.reset_np()
     compare(found, expected, x, options["axis"], dtype)
     # A variance that float32 cannot hold is no statistic; the oracle's float64 holds it.
-    overflows = call["odd"] == 3e38 and dtype == "float32" and x.size > x.shape[options["axis"]]
+    huge = call["odd"] == 3e38 and dtype in ("float32", "bfloat16")
+    overflows = huge and x.size > x.shape[options["axis"]]
     for name, value in zip(STATE[2:], statistics):
         want = before[name] if overflows else getattr(oracle, name)
         size = max(1, np.abs(want).max())

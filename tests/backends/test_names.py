@@ -1,12 +1,13 @@
 """The names of nodes: a layer is found in its graph by its name, once, on every backend."""
 
+import ctypes
 from collections import Counter
 
 import scratchbn
 from scratchbn import BackendError, ScratchBatchNorm, ScratchBatchNormReLU, use_backend
 
 # isort: split
-from scratchbn.backends.marker import inference_markers
+from scratchbn.backends.marker import inference_markers, marking
 
 import mxnet as mx
 import numpy as np
@@ -85,8 +86,59 @@ def test_a_hook_sees_the_output_of_a_compiled_layer(shape):
         y.backward()
         mx.nd.waitall()
     assert y.shape == shape
-    # MXNet numbers the outputs that its operators do not name; a copy that names them costs time.
-    assert "bn_fwd_0" in [mx.base.py_str(name) for name in seen]
+    assert "bn_fwd_output" in [mx.base.py_str(name) for name in seen]
+
+
+def hooked(block, x, monitor_all=False):
+    """Return the outputs that a hook sees in one call, by name."""
+    seen = []
+
+    def hook(name, operator, handle):
+        array = mx.nd.NDArray(ctypes.cast(handle, mx.base.NDArrayHandle))
+        seen.append((mx.base.py_str(name), array.asnumpy()))
+
+    block.register_op_hook(hook, monitor_all)
+    block(x)
+    mx.nd.waitall()
+    assert len(dict(seen)) == len(seen)
+    return dict(seen)
+
+
+@pytest.mark.parametrize("monitor_all", [False, True])
+@pytest.mark.parametrize("layer", [ScratchBatchNorm, ScratchBatchNormReLU, Sigmoid])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_hook_sees_what_layers_return_by_their_names(way, layer, dtype, monitor_all):
+    if marking():
+        pytest.skip("a marker is not run")
+    net = nn.HybridSequential(prefix="net_")
+    with net.name_scope():
+        net.add(nn.Flatten(), layer(in_channels=2))
+    net.add(net[1])
+    net.initialize()
+    net.cast(dtype)
+    x = mx.nd.random.normal(shape=(4, 2)).astype(dtype)
+    once, twice = net[1](x).asnumpy(), net(x).asnumpy()
+    net.hybridize()
+    seen = hooked(net, x, monitor_all)
+    fwd = net[1].name + "_fwd"
+    np.testing.assert_allclose(seen[f"{fwd}_output"], once, rtol=1e-2, atol=1e-2)
+    np.testing.assert_allclose(seen[f"{fwd}1_output"], twice, rtol=1e-2, atol=1e-2)
+    assert f"{fwd}_0" not in seen
+    # The others keep the names that MXNet gives them.
+    assert "net_flatten0_flatten0_0" in seen
+
+
+@pytest.mark.parametrize("operator", ["BatchNorm", "BatchNormWithReLU"])
+def test_a_hook_of_a_converted_file_sees_the_names_of_its_nodes(operator, tmp_path):
+    make = getattr(mx.sym, operator, getattr(mx.sym.contrib, operator, None))
+    symbol = mx.sym.relu(make(mx.sym.var("data"), name="any", fix_gamma=False))
+    roles = ("gamma", "beta", "moving_mean", "moving_var")
+    params = {f"any_{role}": mx.nd.random.uniform(1, 2, 2) for role in roles}
+    ours, params, _ = scratchbn.convert_files(symbol, params, to="scratch")
+    net = SymbolBlock(ours, mx.sym.var("data", dtype="float32"))
+    net.collect_params().load_dict(params)
+    net.hybridize()
+    assert "any_output" in hooked(net, mx.nd.ones((4, 2, 3, 3)))
 
 
 def test_features_are_cut_out_of_an_exported_net(tmp_path):

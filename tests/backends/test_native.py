@@ -1,6 +1,7 @@
 """The compiled kernel: what it computes, and how it is built and found."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,20 @@ def test_the_build_for_any_processor_gives_the_formulas_on_three_threads(kernel_
     )
     assert child.returncode == 0, child.stderr
     assert float(child.stdout) < 1
+
+
+@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+def test_compilers_have_nothing_to_warn_of(compiler):
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler}")
+    flags = [flag for flag in _build._flags() if flag != "-shared"]
+    include = ["-isystem", str(_build._interface()[0].parents[1])]
+    source = Path(_build.__file__).with_name("operator.cc")
+    asked = ["-fsyntax-only", "-Wall", "-Wextra", "-Wconversion", "-Werror"]
+    done = subprocess.run(
+        [compiler, *flags, *asked, *include, str(source)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @compiles

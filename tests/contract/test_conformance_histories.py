@@ -192,7 +192,7 @@ class History(RuleBasedStateMachine):
     )
     @rule(seed=seeds)
     def be_built_in_for_a_while(self, seed):
-        _, report = scratchbn.to_builtin(self.subject.net)
+        _, report = scratchbn.to_builtin(self.subject.net, report=True)
         assert len(report.converted) == 1
         assert not isinstance(self.layer, ScratchBatchNorm)
         # The built-in overwrites gamma without scale, adds beta without center, and its layer with

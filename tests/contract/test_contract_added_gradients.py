@@ -4,8 +4,8 @@ from scratchbn import ScratchBatchNorm, ScratchBatchNormReLU
 
 import numpy as np
 import pytest
+from contract_cases import every_mode
 from helpers import CLOSE
-from mode_marks import every_mode
 from mxnet import autograd
 
 SHAPE = (6, 3, 4)

@@ -5,8 +5,8 @@ from scratchbn.parity.oracle import OracleBatchNorm
 
 import mxnet as mx
 import numpy as np
+from contract_cases import every_block_mode
 from helpers import CLOSE, array, in_mode, random_values, set_values
-from mode_marks import every_block_mode
 from mxnet import autograd, gluon
 from mxnet.gluon import nn
 

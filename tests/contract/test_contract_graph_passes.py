@@ -7,8 +7,7 @@ from scratchbn import ScratchBatchNorm
 import mxnet as mx
 import numpy as np
 import pytest
-from helpers import array, last_json, run_python
-from mxnet import autograd
+from helpers import array, forward_backward, last_json, run_python
 from mxnet.gluon import HybridBlock, nn
 
 SHAPE = (6, 3, 4)
@@ -146,11 +145,7 @@ def test_layers_that_share_their_data(device, rng, count, static):
             layer.gamma.set_data(mx.nd.array([1 + k, 2, 3], dtype="float64"))
         net.hybridize(static_alloc=static, static_shape=static)
         data = array(x, device)
-        data.attach_grad()
-        with autograd.record():
-            y = net(data)
-        y.backward(array(dy, device))
-        mx.nd.waitall()
+        y = forward_backward(net, data, array(dy, device))
         per_layer = [layer.gamma.grad().asnumpy() for layer in net._children.values()]
         gradients.append((y.asnumpy(), data.grad.asnumpy(), *per_layer))
     for built_in, ours in zip(*gradients):

@@ -3,8 +3,8 @@
 import mxnet as mx
 import numpy as np
 import pytest
+from contract_cases import both_layers, every_mode
 from helpers import CLOSE, check_step, infer, take_step, train_forward
-from mode_marks import both_layers, every_mode
 from mxnet import autograd
 from training_batches import SHAPE, assert_bits_equal, batch
 

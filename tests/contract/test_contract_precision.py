@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from contract_cases import every_mode
 from helpers import CLOSE, take_step, train_forward
-from mode_marks import every_mode
 from mxnet import autograd
 
 

@@ -7,8 +7,8 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from contract_cases import every_mode
 from helpers import BLOCK_MODES, CLOSE, MODES, array, check_step, in_mode, infer, take_step
-from mode_marks import every_mode
 from mxnet import autograd
 
 SHAPES = {2: (5, 3), 3: (4, 3, 2), 4: (3, 2, 4, 5), 5: (2, 3, 2, 4, 2), 6: (2, 3, 2, 1, 3, 2)}

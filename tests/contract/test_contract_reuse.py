@@ -6,8 +6,8 @@ from scratchbn.parity.oracle import OracleBatchNorm
 import mxnet as mx
 import numpy as np
 import pytest
-from helpers import CLOSE, STATE, array, in_mode, random_values, set_values
-from mode_marks import every_block_mode, every_mode
+from contract_cases import every_block_mode, every_mode
+from helpers import CLOSE, STATE, array, forward_backward, in_mode, random_values, set_values
 from mxnet import autograd, gluon
 from mxnet.gluon import HybridBlock, SymbolBlock, nn
 
@@ -133,11 +133,7 @@ def test_a_chain_of_the_same_layer(device, rng, tmp_path, mode, shared_by):
     for _ in range(3):
         x, dy = rng.normal(size=SHAPE) + 2, rng.normal(size=SHAPE)
         data = array(x, device)
-        data.attach_grad()
-        with autograd.record():
-            y = net(data)
-        y.backward(array(dy, device))
-        mx.nd.waitall()
+        y = forward_backward(net, data, array(dy, device))
         replay = OracleBatchNorm(**{name: getattr(oracle, name) for name in STATE}, momentum=0.3)
         inner = oracle.train_step(x, np.zeros(SHAPE))
         middle = np.tanh(inner.y)

@@ -198,11 +198,11 @@ def test_heads_keep_their_names_there_and_back_and_folded():
     relu = mx.sym.contrib.BatchNormWithReLU(dense, name="fc2", fix_gamma=False)
     again = mx.sym.BatchNorm(mx.sym.FullyConnected(norm, num_hidden=2, name="last"), name="fc3")
     dropped = mx.sym.Dropout(again, name="fc4")
-    symbol = mx.sym.Group([norm, relu, dropped, mx.sym.BlockGrad(norm, name="copy")])
+    symbol = mx.sym.Group([norm, relu, dropped, mx.sym.BlockGrad(norm, name="copy"), data])
     shapes, _, more = symbol.infer_shape(data=(2, 4))
     named = [*zip(symbol.list_arguments(), shapes), *zip(symbol.list_auxiliary_states(), more)]
     params = {name: mx.nd.ones(shape) for name, shape in named if name != "data"}
-    outputs = ["fc1_output", "fc2_output", "fc4_output", "copy_output"]
+    outputs = ["fc1_output", "fc2_output", "fc4_output", "copy_output", "data"]
     there = convert_files(symbol, params, to="scratch")[0]
     back = convert_files(there, params, to="builtin")[0]
     for graph in (there, back, fold(symbol, params)[0], fold(there, params)[0]):

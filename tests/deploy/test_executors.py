@@ -10,6 +10,7 @@ from scratchbn.deploy import export_inference, fold
 import mxnet as mx
 import numpy as np
 import pytest
+from inference_files import inferring
 from mxnet.gluon import nn
 
 from models.lenet import lenet
@@ -51,7 +52,7 @@ def run(symbol, values, x, is_train):
 @pytest.mark.parametrize("is_train", [False, True])
 @pytest.mark.parametrize("channels", [4, 8, 16, 64])
 @pytest.mark.parametrize("rank", [3, 4, 5])
-def test_a_converted_net_runs_in_an_executor(rank, channels, is_train):
+def test_a_converted_net_runs_in_an_executor(rank, channels, is_train, tmp_path):
     rng = np.random.default_rng(0)
     shape = (2, 3, *(4, 6, 6)[: rank - 2])
     symbol, x = residual(rank, channels), mx.nd.array(rng.normal(size=shape))
@@ -61,6 +62,10 @@ def test_a_converted_net_runs_in_an_executor(rank, channels, is_train):
     np.testing.assert_allclose(
         run(ours, values, x, is_train), expected, rtol=1e-3, atol=1e-3 * abs(expected).max()
     )
+    for model in () if is_train else (symbol, ours):
+        infers, _ = inferring(model, values, tmp_path, verify=False)
+        y = run(infers, values, x, is_train=False)
+        np.testing.assert_allclose(y, expected, rtol=1e-3, atol=1e-3 * abs(expected).max())
     for style in () if is_train else ("dwconv", "affine", "batchnorm"):
         folded, constants, _ = fold(symbol, values, shapes={"data": shape}, style=style)
         y = run(folded, constants, x, is_train=False)

@@ -15,6 +15,7 @@ from scratchbn.deploy import (
 import mxnet as mx
 import numpy as np
 import pytest
+from inference_files import inferring
 from mxnet.contrib import quantization
 from mxnet.gluon import nn
 
@@ -35,15 +36,17 @@ def norm_of_convolution(operator=S.BatchNorm, **options):
     return operator(x, name="bn", **{"fix_gamma": False, **options})
 
 
-def check(symbol, params, before=None, converted=1, folded=1):
-    """Convert, convert back and fold; compare all with the model before."""
+def check(symbol, params, tmp_path, before=None, converted=1, folded=1):
+    """Convert, convert back, fold, infer; compare all with the model before."""
     before, shapes = before or (symbol, params), {"data": SHAPE}
     ours, theirs, report = convert_files(symbol, params, to="scratch")
     assert len(report.converted) == converted
     back = convert_files(ours, theirs, to="builtin")[:2]
     less, fewer, fold_report = fold(symbol, params)
     assert len(fold_report.folded) == folded
-    for model in ((ours, theirs), back, (less, fewer)):
+    infers = inferring(symbol, params, tmp_path, shapes=shapes)
+    assert "Norm" not in infers[0].tojson().replace("__batch_norm__", "")
+    for model in ((ours, theirs), back, (less, fewer), infers):
         difference, size = largest_difference(before, model, shapes)
         assert difference < EXACT * size
     return report, fold_report
@@ -76,7 +79,7 @@ def test_json_of_0_8(rng, tmp_path):
         node("BatchNorm", "bn", 3, 4, 5, eps="0.5", fix_gamma="False", attr={"ctx_group": "a"}),
     ]
     old = {"nodes": nodes, "arg_nodes": [0, 1, 2, 4, 5], "heads": [[6, 0]]}
-    check(written(tmp_path, old), params, (modern, params))
+    check(written(tmp_path, old), params, tmp_path, (modern, params))
 
 
 @pytest.mark.parametrize("key", ["attr", "attrs"])
@@ -89,7 +92,7 @@ def test_json_of_1_0(key, versions, rng, tmp_path):
     for node in old["nodes"]:
         if "attrs" in node:
             node[key] = node.pop("attrs")
-    check(written(tmp_path, old), params, (modern, params))
+    check(written(tmp_path, old), params, tmp_path, (modern, params))
 
 
 @pytest.mark.parametrize("attribute", ["kernel", "num_filter", "__shape__", "axis"])
@@ -110,32 +113,32 @@ def test_longs_of_python_2(attribute, rng, tmp_path):
             node["attrs"][attribute] = longs[attribute]
             changed += 1
     assert changed
-    check(written(tmp_path, document), params, (modern, params))
+    check(written(tmp_path, document), params, tmp_path, (modern, params))
 
 
 def test_a_symbol_that_was_loaded_with_longs(rng, tmp_path):
     text = norm_of_convolution().tojson().replace('"(3, 3)"', '"(3L, 3L)"')
     assert "3L" in text
     symbol = mx.sym.load_json(text)
-    check(symbol, values(symbol, rng, data=SHAPE))
+    check(symbol, values(symbol, rng, data=SHAPE), tmp_path)
 
 
 def test_the_norm_of_cudnn(rng, tmp_path):
     modern = norm_of_convolution(eps=1e-3, cudnn_off=False)
     params = values(modern, rng, data=SHAPE)
     document = json.loads(modern.tojson().replace('"BatchNorm"', '"CuDNNBatchNorm"'))
-    check(written(tmp_path, document), params, (modern, params))
+    check(written(tmp_path, document), params, tmp_path, (modern, params))
 
 
 @pytest.mark.parametrize("options", [{}, {"eps": 0.01}, {"fix_gamma": True}], ids=str)
-def test_batchnorm_v1(options, rng):
+def test_batchnorm_v1(options, rng, tmp_path):
     symbol = norm_of_convolution(S.BatchNorm_v1, **options)
-    check(symbol, values(symbol, rng, data=SHAPE))
+    check(symbol, values(symbol, rng, data=SHAPE), tmp_path)
 
 
-def test_syncbatchnorm_says_whose_statistics_it_has(rng):
+def test_syncbatchnorm_says_whose_statistics_it_has(rng, tmp_path):
     symbol = norm_of_convolution(S.contrib.SyncBatchNorm, key="k", ndev=1)
-    report, _ = check(symbol, values(symbol, rng, data=SHAPE))
+    report, _ = check(symbol, values(symbol, rng, data=SHAPE), tmp_path)
     assert "each device now has statistics of its own" in report.notes[0].text
 
 
@@ -148,7 +151,7 @@ OPERATORS = {
 
 @pytest.mark.parametrize("stated", [None, 0.001, 0.1], ids=str)
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_epsilon_is_the_operators_own(operator, stated, rng):
+def test_epsilon_is_the_operators_own(operator, stated, rng, tmp_path):
     make, precision = OPERATORS[operator]
     options = {} if stated is None else {"eps": stated}
     options |= {"key": "k"} if operator == "SyncBatchNorm" else {}
@@ -169,6 +172,10 @@ def test_epsilon_is_the_operators_own(operator, stated, rng):
     np.testing.assert_allclose(constants["bn_scale"].asnumpy()[0], scale, rtol=1e-14)
     shift = beta - mean * scale
     np.testing.assert_allclose(constants["bn_shift"].asnumpy()[0], shift, rtol=1e-12)
+    infers, _ = inferring(symbol, params, tmp_path, shapes={"data": (4, 3)}, verify=False)
+    attributes = infers.attr_dict().values()
+    (added,) = [float(a["scalar"]) for a in attributes if "scalar" in a]
+    assert added == eps
 
 
 def casts(symbol):
@@ -183,11 +190,12 @@ def test_the_casts_of_amp_are_kept(rng, tmp_path):
     params["weight"] = params["weight"].astype("float16")
     path = tmp_path / "net-symbol.json"
     symbol.save(str(path), remove_amp_cast=False)
-    check(path, params, (symbol, params), folded=0)
+    check(path, params, tmp_path, (symbol, params), folded=0)
     for changed, _, _ in (convert_files(path, params, to="scratch"), fold(path, params)):
         assert casts(changed) == 2
         write_model(tmp_path / "out", changed, params)
         assert casts(mx.sym.load(str(tmp_path / "out-symbol.json"))) == 2
+    assert casts(inferring(path, params, tmp_path)[0]) == 2
 
 
 def test_labels_are_inferred(rng):
@@ -241,7 +249,7 @@ def same(before, model):
     assert difference < 0.02 * size  # int8 steps, where a float32 rounding tips the scale
 
 
-def test_onednn_subgraphs_are_named(rng):
+def test_onednn_subgraphs_are_named(rng, tmp_path):
     symbol = two_blocks()
     params = values(symbol, rng, data=SHAPE)
     fused = symbol.get_backend_symbol("MKLDNN")
@@ -250,9 +258,10 @@ def test_onednn_subgraphs_are_named(rng):
     _, _, report = convert_files(fused, params, to="scratch")
     assert [entry.text for entry in report.skipped] == ["oneDNN has fused BatchNorm"] * 2
     same((fused, params), (folded, fewer))
+    assert nodes(inferring(fused, params, tmp_path)[0]) == nodes(fused)
 
 
-def test_norms_in_int8_are_named(rng):
+def test_norms_in_int8_are_named(rng, tmp_path):
     symbol = two_blocks()
     params, layers = values(symbol, rng, data=SHAPE), ["conv0", "conv1", "fc"]
     model = quantized(symbol, params, rng, "full", excluded_sym_names=layers)
@@ -265,6 +274,7 @@ def test_norms_in_int8_are_named(rng):
     assert len(report.skipped) == 2 and "computed in int8" in str(report)
     # This norm runs with ranges alone that MXNet measures elsewhere, so its nodes are compared.
     assert nodes(folded) == nodes(ours) == nodes(model[0])
+    assert nodes(inferring(*model, tmp_path)[0]) == nodes(model[0])
     assert set(fewer) == set(model[0].list_inputs()) - {"data"}
 
 
@@ -272,7 +282,7 @@ def nodes(symbol):
     return [(n["op"], n["name"], n["inputs"]) for n in json.loads(symbol.tojson())["nodes"]]
 
 
-def test_what_is_around_int8_is_folded(rng):
+def test_what_is_around_int8_is_folded(rng, tmp_path):
     symbol = two_blocks()
     params = values(symbol, rng, data=SHAPE)
     model = quantized(symbol, params, rng, "smart", excluded_sym_names=["conv0"])
@@ -283,6 +293,9 @@ def test_what_is_around_int8_is_folded(rng):
     ours, theirs, report = convert_files(*model, to="scratch")
     assert len(report.converted) == 2
     same(model, (ours, theirs))
+    infers = inferring(*model, tmp_path)
+    assert "BatchNorm" not in {op for op, *_ in nodes(infers[0])}
+    same(model, infers)
 
 
 def test_a_net_under_amp_is_exported_as_before(rng, tmp_path):

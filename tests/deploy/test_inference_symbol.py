@@ -12,6 +12,7 @@ import helpers
 import mxnet as mx
 import numpy as np
 import pytest
+from inference_files import randomize
 from mxnet import autograd
 from mxnet.gluon import HybridBlock, SymbolBlock, nn
 
@@ -29,14 +30,6 @@ INFERENCE = {"_plus_scalar", "rsqrt", "elemwise_mul", "negative", "elemwise_add"
     "Reshape",
     "reshape_like",
 }
-
-
-def randomize(net, rng):
-    for name, parameter in net.collect_params().items():
-        values = helpers.random_values(rng, parameter.shape[0])
-        key = next((key for key in values if name.endswith("_" + key)), None)
-        if key is not None:
-            parameter.set_data(mx.nd.array(values[key], dtype=parameter.dtype))
 
 
 def exported(net, prefix, rng, shape, dtype="float32"):

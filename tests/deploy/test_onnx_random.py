@@ -6,6 +6,8 @@ import tempfile
 import warnings
 from pathlib import Path
 
+from scratchbn import convert_files
+
 import mxnet as mx
 import numpy as np
 import pytest
@@ -15,7 +17,9 @@ from hypothesis import strategies as st
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from onnx_symbols import as_net, check_export, renamed, unstated
+from mxnet.gluon import SymbolBlock
+from onnx_symbols import as_net, check_export, outputs_of, renamed, unstated
+from random_graphs import graphs as graphs_that_branch
 
 S = mx.sym
 NAMED = re.compile(r"node '.+' \(\w+\)|dynamic_batch must be False")
@@ -237,11 +241,27 @@ def graphs(draw):
     return x, shapes
 
 
-@settings(
-    max_examples=int(os.environ.get("SCRATCHBN_CORPUS", 120)),
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
-)
+def examples(usual):
+    """As many as ``SCRATCHBN_CORPUS`` says, or the usual number."""
+    return settings(
+        max_examples=int(os.environ.get("SCRATCHBN_CORPUS", usual)),
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+def exported_or_refused(net, *arrays, **options):
+    """Export a net and compare; if it is refused, a node is named and nothing is written."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "net.onnx")
+        try:
+            check_export(net, path, *arrays, **options)
+        except ValueError as refusal:
+            assert NAMED.search(str(refusal))
+            assert not path.exists()
+
+
+@examples(120)
 @given(
     graphs(),
     st.booleans(),
@@ -265,10 +285,28 @@ def test_right_or_refused(graph, bare, name, dynamic, opset, seed):
             net(*map(mx.nd.array, arrays[0]))[0].asnumpy()
         except (mx.MXNetError, ValueError, TypeError):
             reject()
-        with tempfile.TemporaryDirectory() as directory:
-            path = Path(directory, "net.onnx")
-            try:
-                check_export(net, path, *arrays, dynamic_batch=dynamic, opset=opset)
-            except ValueError as refusal:
-                assert NAMED.search(str(refusal))
-                assert not path.exists()
+        exported_or_refused(net, *arrays, dynamic_batch=dynamic, opset=opset)
+
+
+@examples(30)
+@given(graphs_that_branch(), st.booleans(), st.booleans(), st.integers(0, 2**32 - 1))
+def test_graphs_that_branch_and_share(graph, converted, dynamic, seed):
+    symbol, params, inputs, _ = graph
+    if symbol.list_outputs()[0] == "data" or "data" not in symbol.list_inputs():
+        reject()
+    params = {name: value.astype("float32") for name, value in params.items()}
+    if converted:
+        symbol, params, _ = convert_files(symbol, params, to="scratch")
+    rng = np.random.default_rng(seed)
+    arrays = [[rng.normal(size=inputs["data"].shape)] for _ in range(2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net = SymbolBlock(symbol, [mx.sym.var("data", dtype="float32")])
+        net.collect_params().load_dict({n: params[n] for n in symbol.list_inputs() if n in params})
+        try:
+            outputs = outputs_of(net, *arrays[0])
+        except mx.MXNetError:
+            reject()
+        if not all(np.isfinite(y).all() for y in outputs):
+            reject()
+        exported_or_refused(net, *arrays, dynamic_batch=dynamic)

@@ -10,6 +10,7 @@ from scratchbn.deploy.check import compare_outputs, run_symbol
 import mxnet as mx
 import numpy as np
 import pytest
+from inference_files import inferring
 
 S = mx.sym
 SHAPE = (2, 3, 8, 8)
@@ -76,7 +77,7 @@ def layers(x, i=""):
 
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_operators_that_need_a_type(operator, before, rng):
+def test_operators_that_need_a_type(operator, before, rng, tmp_path):
     make = OPERATORS[operator]
     symbol = layers(make(S.var("data"))) if before else layers(make(layers(S.var("data"))), 2)
     params = values(symbol, rng, data=SHAPE)
@@ -84,7 +85,10 @@ def test_operators_that_need_a_type(operator, before, rng):
     ours, theirs, report = convert_files(symbol, params, to="scratch")
     assert report.converted and not report.skipped
     back = convert_files(ours, theirs, to="builtin")[:2]
-    for model in ((ours, theirs), back, fold(symbol, params)[:2], fold(ours, theirs)[:2]):
+    infers = [inferring(*model, tmp_path) for model in ((symbol, params), (ours, theirs))]
+    assert "BatchNorm" not in {node.attr("op") for node in infers[0][0].get_internals()}
+    folded = [fold(*model)[:2] for model in ((symbol, params), (ours, theirs))]
+    for model in ((ours, theirs), back, *folded, *infers):
         difference, size = largest_difference((symbol, params), model, shapes)
         assert difference < EXACT * size
 

@@ -2,10 +2,12 @@ import importlib.util
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import scratchbn
 from scratchbn import cli, native
 from scratchbn.environment import doctor
 
@@ -123,7 +125,8 @@ def test_unknown_arguments_end_with_status_2(argv, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(argv)
     assert caught.value.code == 2
-    assert "usage: scratchbn" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("scratchbn: error: ") and line.endswith("(--help lists the options)")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -140,6 +143,43 @@ def test_every_command_has_a_help_of_its_own(name, capsys):
 def test_a_command_gets_its_options_and_its_status_is_returned(monkeypatch, force, status):
     monkeypatch.setattr(cli, "_build_native", lambda arguments: 7 * arguments.force)
     assert cli.main(["build-native", *["--force"] * force]) == status
+
+
+def test_the_version_stands_in_one_place(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"scratchbn {scratchbn.__version__}\n"
+    project = (ROOT / "pyproject.toml").read_text()
+    assert 'version = { attr = "scratchbn.__version__" }' in project
+    assert not re.search(r'^version = "', project, re.M)
+
+
+def test_an_abbreviated_option_is_refused_in_one_line(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["doctor", "--jso"])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--jso" in line and "--help lists the options" in line
+
+
+def test_ctrl_c_is_one_line_and_status_130(monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_doctor", interrupted)
+    assert cli.main(["doctor"]) == 130
+    assert capsys.readouterr().err == "scratchbn doctor: interrupted\n"
+
+
+def test_a_reader_that_has_read_enough(tmp_path):
+    program = "from scratchbn import cli; cli._doctor = lambda _: print('x' * 9**6) or 0; "
+    command = [sys.executable, "-c", f"{program}raise SystemExit(cli.main(['doctor']))"]
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child.stdout.read(1)
+    child.stdout.close()
+    said = child.stderr.read()
+    assert (child.wait(timeout=60), said) == (141, b"")
 
 
 def test_an_expected_error_is_one_line_and_status_1(monkeypatch, capsys):

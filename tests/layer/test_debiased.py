@@ -70,7 +70,7 @@ def test_files_fold_it_and_repr_rebuilds_it(device, rng, tmp_path):
     assert (len(report.folded), len(report.kept)) == (1, 0)
     assert repr(eval(repr(net[1]))) == repr(net[1])
     assert "momentum=0.5" in repr(net[1])
-    assert len(to_builtin(net)[1].skipped) == 1
+    assert len(to_builtin(net, report=True)[1].skipped) == 1
 
 
 @pytest.mark.parametrize(

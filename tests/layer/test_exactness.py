@@ -77,7 +77,8 @@ def test_a_constant_under_a_constant_gradient_has_next_to_none(hybridize, dtype)
 
     Not exactly 0: what is subtracted is m dy summed, times 316.22775, over m. In float32
     200 * 316.22775 is 63245.55 and that over 200 is 316.22778, one unit of 3.05e-5 off; and 200
-    times 0.1 does not sum up to exactly 20 in the first place.
+    times 0.1 does not sum up to exactly 20 in the first place. To subtract the mean of the centred
+    batch once more gives exactly 0, for a fifth of a training step (LeNet 1.21, MLP 1.18 times).
     """
     for fill, head in ((1.0, 1.0), (0.1, 1.0), (0.1, 0.1), (7.3, -0.7)):
         dx, _, _, _ = step(ScratchBatchNorm, (2, 3, 10, 10), dtype, hybridize, fill, head)

@@ -123,7 +123,7 @@ def test_a_conversion_to_the_builtin_leaves_variants_alone(variant, device):
     net = nn.HybridSequential()
     net.add(of(*variant)(in_channels=3), ScratchBatchNorm(in_channels=3))
     net.initialize(ctx=device)
-    _, report = to_builtin(net)
+    _, report = to_builtin(net, report=True)
     assert isinstance(net[0], variant[0])
     assert type(net[1]) is nn.BatchNorm
     assert len(report.converted) == len(report.skipped) == 1

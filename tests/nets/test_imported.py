@@ -85,8 +85,8 @@ def test_frozen_trained_unfrozen_as_the_layers_are(kind, hybridize):
     block, outer = imported_inside(net, hybridize)
     outer(batches(1)[0])
     names = tuple(f"0.{net[i].name}" for i in (1, 3))
-    assert freeze(outer, parameters=True) == names
-    assert freeze(outer, parameters=True) == ()
+    assert freeze(outer, parameters=True, report=True)[1] == names
+    assert freeze(outer, parameters=True, report=True)[1] == ()
     freeze(net, parameters=True)
     before = state(block)
     for trained in (net, outer):
@@ -95,8 +95,8 @@ def test_frozen_trained_unfrozen_as_the_layers_are(kind, hybridize):
     for name, value in state(block).items():
         moved = not np.array_equal(value, before[name])
         assert moved == name.endswith(("weight", "bias"))
-    assert unfreeze(outer) == names
-    assert unfreeze(outer) == ()
+    assert unfreeze(outer, report=True)[1] == names
+    assert unfreeze(outer, report=True)[1] == ()
     unfreeze(net)
     for trained in (net, outer):
         train(trained, batches())
@@ -121,8 +121,8 @@ def test_a_layer_called_twice_is_frozen_and_comes_back(momentum):
 
 def test_what_was_frozen_before_stays_so_and_files_remember(tmp_path):
     block = imported(live("builtin", use_global_stats=True))
-    assert len(freeze(block)) == 2
-    assert len(unfreeze(block)) == 2
+    assert len(freeze(block, report=True)[1]) == 2
+    assert len(unfreeze(block, report=True)[1]) == 2
     assert block(mx.sym.var("data")).attr_dict()["net_batchnorm0_fwd"]["use_global_stats"] == "True"
     block = imported(live())
     freeze(block)
@@ -132,7 +132,7 @@ def test_what_was_frozen_before_stays_so_and_files_remember(tmp_path):
         str(tmp_path / "frozen-symbol.json"), ["data"], str(tmp_path / "frozen-0000.params")
     )
     before = state(again)
-    assert len(unfreeze(again)) == 2
+    assert len(unfreeze(again, report=True)[1]) == 2
     train(again, batches())
     name = "net_batchnorm0_running_mean"
     assert not np.array_equal(state(again)[name], before[name])
@@ -143,13 +143,13 @@ def test_converted_there_and_back_on_the_same_parameters():
     parameters = dict(block.collect_params())
     twin = imported(live("builtin"))
     twin.collect_params().load_dict({n: p.data().copy() for n, p in parameters.items()})
-    _, report = to_scratch(block)
+    _, report = to_scratch(block, report=True)
     assert [entry.path for entry in report.converted] == ["net_batchnorm0", "net_batchnorm1"]
     assert "BatchNorm" not in {n.attr("op") for n in block(mx.sym.var("data")).get_internals()}
     for trained in (block, twin):
         train(trained, batches())
     assert_same(state(block), state(twin), rtol=1e-4)
-    _, report = to_builtin(block)
+    _, report = to_builtin(block, report=True)
     assert len(report.converted) == 2
     assert dict(block.collect_params()) == parameters
     for trained in (block, twin):
@@ -175,7 +175,7 @@ def test_frozen_norms_are_converted_frozen():
     train(block, batches())
     np.testing.assert_array_equal(state(block)["net_batchnorm0_running_mean"], before)
     to_builtin(block)
-    assert len(unfreeze(block)) == 2
+    assert len(unfreeze(block, report=True)[1]) == 2
     train(block, batches())
     assert not np.array_equal(state(block)["net_batchnorm0_running_mean"], before)
 
@@ -188,13 +188,13 @@ def test_recalibrated_as_the_layers_are(kind, hybridize, mode):
     block, outer = imported_inside(net, hybridize)
     before = state(block)
     data = batches(5, seed=4)
-    assert recalibrate(net, data, mode=mode, progress=False) == 5
-    assert recalibrate(outer, data, mode=mode, progress=False) == 5
+    assert recalibrate(net, data, mode=mode, progress=False, report=True)[1] == 5
+    assert recalibrate(outer, data, mode=mode, progress=False, report=True)[1] == 5
     assert_same(state(net), state(block))
     moved = [name for name, value in state(block).items() if (value != before[name]).any()]
     assert len(moved) == 4
     freeze(outer)
-    assert recalibrate(outer, data, progress=False) == 0
+    assert recalibrate(outer, data, progress=False, report=True)[1] == 0
 
 
 def test_an_error_leaves_the_statistics():
@@ -236,8 +236,8 @@ def test_what_does_not_tell_its_options_is_named():
     net.initialize()
     block = imported(net)
     with pytest.warns(UserWarning, match="odd_running_mean"):
-        assert freeze(block) == ()
-    _, report = to_builtin(block)
+        assert freeze(block, report=True)[1] == ()
+    _, report = to_builtin(block, report=True)
     assert report.converted == ()
     assert len(report.skipped) == 1
 
@@ -262,16 +262,16 @@ def test_a_detector_with_an_imported_backbone():
     net = model_zoo.get_model("ssd_512_mobilenet1.0_voc", pretrained=False, pretrained_base=False)
     net.initialize()
     x = mx.nd.random.normal(shape=(2, 3, 128, 128))
-    assert len(to_scratch(net)[1].converted) == 35
-    assert recalibrate(net, [x], progress=False) == 1
+    assert len(to_scratch(net, report=True)[1].converted) == 35
+    assert recalibrate(net, [x], progress=False, report=True)[1] == 1
     scores = net(x)[1].asnumpy()  # not the classes: boxes of nearly one score may change places
-    assert len(freeze(net)) == 35
+    assert len(freeze(net, report=True)[1]) == 35
     before = state(net)
     with autograd.train_mode():
         trained = net(x)
     assert trained[1].shape != scores.shape  # in training it returns what comes before the boxes
     assert_same(state(net), before, rtol=0)
-    assert len(unfreeze(net)) == 35
-    assert len(to_builtin(net)[1].converted) == 35
+    assert len(unfreeze(net, report=True)[1]) == 35
+    assert len(to_builtin(net, report=True)[1].converted) == 35
     np.testing.assert_allclose(net(x)[1].asnumpy(), scores, rtol=1e-3, atol=1e-4)
-    assert len(freeze(net)) == 35
+    assert len(freeze(net, report=True)[1]) == 35

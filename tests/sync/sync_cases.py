@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import scratchbn
+from scratchbn._devices import failure
 from scratchbn.sync import abandon
 
 import mxnet as mx
@@ -155,6 +156,36 @@ def abandoned():
         y = pair.shared(x)
     abandon()
     return {"error": error_of(y), "seconds": time.monotonic() - began, "after": pair.step()}
+
+
+def together():
+    """Devices that fail at one moment: the errors, and how far apart MXNet is given them."""
+    at, potrf, gate = [], mx.nd.linalg.potrf, threading.Barrier(4)
+
+    def timed(*arguments):
+        at.append(time.monotonic())
+        return potrf(*arguments)
+
+    def fail(array, text):
+        gate.wait()
+        failure.put_error([array], text)
+
+    mx.nd.linalg.potrf = timed
+    try:
+        arrays = [mx.nd.zeros((2,), mx.cpu(i)) for i in range(4)]
+        workers = [
+            threading.Thread(target=fail, args=(a, f"the text of {i}"))
+            for i, a in enumerate(arrays)
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    finally:
+        mx.nd.linalg.potrf = potrf
+    errors = [error_of(arrays[0] + 1)]
+    mx_clear()
+    return {"apart": min(b - a for a, b in zip(at, at[1:])), "times": len(at), "errors": errors}
 
 
 def refused():

@@ -37,7 +37,7 @@ def child(script, *arguments, **variables):
 def results():
     """What the cases found, by their names."""
     cases = ["equal", "options", "far", "threads", "missing", "abandoned", "refused", "key"]
-    done = child("sync_cases.py", *cases, "files", "forks", "gluoncv")
+    done = child("sync_cases.py", *cases, "together", "files", "forks", "gluoncv")
     assert done.returncode == 0, done.stderr
     found = {}
     for line in done.stdout.splitlines():
@@ -77,6 +77,14 @@ def test_an_abandoned_step_ends_at_once(results):
     assert "the step was abandoned" in found["error"] and "net_batchnorm" in found["error"]
     assert found["seconds"] < 20
     assert found["after"] < EXACT
+
+
+def test_errors_of_devices_that_fail_together_come_one_after_the_other(results):
+    """MXNet's list of errors is not locked: two at one moment break it, and waitall dies of it."""
+    found = results["together"]
+    assert found["times"] == 4
+    assert found["apart"] >= 0.05
+    assert found["errors"] == ["the text of 0"]
 
 
 def test_what_cannot_be_is_refused_at_once(results):

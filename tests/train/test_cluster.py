@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -98,12 +100,8 @@ def test_long_lines_of_two_processes_do_not_mix():
     assert lines == [letter * 3_000_000 for letter in ("s", "s", "w", "w")]
 
 
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory):
-    """A job of the training script of which one worker was killed after a checkpoint."""
-    out = tmp_path_factory.mktemp("job")
-    options = [*FEW, "--epochs", "4", "--kvstore", "dist_sync", "--checkpoint-every", "1"]
-    process = start_job(*TRAIN, *options, "--out", str(out))
+def processes_in_training(process, out):
+    """The processes of a job by name, when it has written a checkpoint."""
     checkpoints = out / "checkpoints"
     while process.poll() is None and not (checkpoints.exists() and any(checkpoints.glob("step*"))):
         time.sleep(0.01)
@@ -113,6 +111,16 @@ def killed(tmp_path_factory):
         "server": 1,
         "worker": 2,
     }
+    return found
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A job of the training script of which one worker was killed after a checkpoint."""
+    out = tmp_path_factory.mktemp("job")
+    options = [*FEW, "--epochs", "4", "--kvstore", "dist_sync", "--checkpoint-every", "1"]
+    process = start_job(*TRAIN, *options, "--out", str(out))
+    found = processes_in_training(process, out)
     os.kill(found["worker"][1], signal.SIGKILL)
     return process, finish(process, 1), found, out, options
 
@@ -144,6 +152,24 @@ def test_a_killed_job_is_resumed(killed, tmp_path):
     for epoch, other in zip(metrics["epochs"], expected["epochs"]):
         assert epoch["loss"] == pytest.approx(other["loss"], rel=1e-4)
         assert epoch["test_acc"] == pytest.approx(other["test_acc"], abs=0.05)
+
+
+@needs_parameter_server
+def test_sigterm_in_a_job_saves_and_ends_all(tmp_path):
+    options = [*FEW, "--epochs", "40", "--kvstore", "dist_sync", "--checkpoint-every", "3"]
+    process = start_job(*TRAIN, *options, "--out", str(tmp_path))
+    found = processes_in_training(process, tmp_path)
+    process.send_signal(signal.SIGTERM)
+    printed, error = finish(process, 143)
+    saved = re.search(r"ended by SIGTERM; saved (\S+/step-(\d+))", printed)
+    assert saved, f"{printed}\n{error}"
+    newest = max((tmp_path / "checkpoints").glob("step-*"))
+    assert str(newest) == saved[1]
+    assert len(json.loads((newest / "scratch.json").read_text())["losses"]) == int(saved[2])
+    for name, digest in json.loads((newest / "manifest.json").read_text())["sha256"].items():
+        assert hashlib.sha256((newest / name).read_bytes()).hexdigest() == digest
+    assert "Traceback" not in printed + error
+    assert not any(is_running(pid) for pids in found.values() for pid in pids)
 
 
 def start_by_hand(source, roles, workers):

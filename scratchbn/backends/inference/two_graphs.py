@@ -11,6 +11,7 @@ import mxnet as mx
 import numpy as np
 from mxnet import autograd
 
+from ..._graph.names import LAST
 from ..._graph.nodes import Graph
 from ...native import OPERATOR
 from ..choice import Kinds, get_backend, infers_apart, why_kept
@@ -58,7 +59,6 @@ class TwoGraphs(Traced):
 
     def __init__(self, own: Any, symbol: Any, is_data: Sequence[bool], flags: Flags) -> None:
         super().__init__(own, symbol)
-        self._symbol = symbol
         self._data = [i for i, data in enumerate(is_data) if data]
         self._flags = flags
         lean = leaner(symbol)
@@ -100,7 +100,7 @@ class TwoGraphs(Traced):
     def _register_op_hook(self, callback: Any, monitor_all: bool = False) -> None:
         """Let a hook see the block's own graph: Gluon calls this before each call."""
         self._observed = True
-        self._own._register_op_hook(callback, monitor_all)
+        super()._register_op_hook(callback, monitor_all)
 
     def _infers(self, arrays: Sequence[Array]) -> Kinds | None:
         """Return what the second graph of a call is known by; None if there can be none for it."""
@@ -173,7 +173,7 @@ def to_run(own: Any, symbol: Any, text: str, is_data: list[bool], flags: Flags) 
     if allowed != flags:
         own = _cached_op(symbol, is_data, allowed)
     if not has_layers:
-        return own
+        return Traced(own, symbol) if f'"{LAST}"' in text else own
     if get_backend() != "auto":  # chosen by name: what was traced is what runs
         return Traced(own, symbol)
     return TwoGraphs(own, symbol, is_data, allowed)

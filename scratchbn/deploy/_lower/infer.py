@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mxnet as mx
+import numpy as np
 
 from ..._graph.nodes import Graph, Node
 from ..._net import BATCH_NORM_OPERATORS
@@ -39,20 +40,36 @@ def infer(
     graph, values = lowering.graph, lowering.values
     sources = [norm.node.inputs[0] for norm in norms]
     part = graph.symbol([*graph.heads, *sources])
-    try:
-        _, types = infer_types(part, values, dtypes)
-        found = _shapes(part, values, shapes)
-    except (mx.MXNetError, ValueError) as error:
-        raise ValueError(
-            "the parameters or the shapes of the inputs do not match the symbol: "
-            f"{first_line(error.__cause__ or error)}"
-        ) from error
+    types, found = types_and_shapes(part, values, shapes, dtypes)
     ranks = ranks_of(graph) if found is None else {}
     for i, norm in enumerate(norms, start=len(graph.heads)):
         norm.dtype = types[i] or norm.dtype
         shape = found[i] if found else None
         norm.rank = len(shape) if shape else ranks.get(norm.node.inputs[0].node)
         _check(norm, shape)
+
+
+def types_and_shapes(
+    symbol: Any,
+    values: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, Any],
+) -> tuple[Sequence[np.dtype[Any] | None], list[tuple[int, ...]] | None]:
+    """Return dtypes and shapes of a symbol's outputs; None where they are not known.
+
+    Raises
+    ------
+    ValueError
+        If the parameters or the shapes do not match the symbol.
+    """
+    try:
+        _, types = infer_types(symbol, values, dtypes) if values else ([], [None] * len(symbol))
+        return types, _shapes(symbol, values, shapes)
+    except (mx.MXNetError, ValueError) as error:
+        raise ValueError(
+            "the parameters or the shapes of the inputs do not match the symbol: "
+            f"{first_line(error.__cause__ or error)}"
+        ) from error
 
 
 def _shapes(

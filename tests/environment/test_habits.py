@@ -1,0 +1,39 @@
+"""What the repository promises beside the code: one lint everywhere, one version, a citation."""
+
+import re
+
+import scratchbn.debiased
+import scratchbn.masked
+import scratchbn.variants
+
+import yaml
+from helpers import REPOSITORY
+
+
+def test_pre_commit_runs_the_lint_of_make_test():
+    config = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text())
+    (hook,) = config["repos"][0]["hooks"]
+    assert hook["entry"].split()[-1] == "lint"
+    makefile = (REPOSITORY / "Makefile").read_text()
+    assert re.search(r"^test: lint check$", makefile, re.M)
+    assert (REPOSITORY / ".ci" / "run").read_text().splitlines()[-1] == "exec make test"
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
+    assert citation["version"] == scratchbn.__version__
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    assert citation["references"][0]["year"] == 2015
+
+
+def test_the_changes_have_this_version():
+    changes = (REPOSITORY / "CHANGELOG.md").read_text()
+    assert re.search(rf"^## .*\b{re.escape(scratchbn.__version__)}\b", changes, re.M)
+
+
+def test_names_in_the_changes_exist():
+    changes = (REPOSITORY / "CHANGELOG.md").read_text()
+    layers = re.findall(r"`((?:Scratch)?\w*Batch(?:Norm|Renorm)\w*)`", changes)
+    assert len(layers) > 6
+    rooms = (scratchbn, scratchbn.variants, scratchbn.masked, scratchbn.debiased)
+    assert [name for name in layers if not any(hasattr(room, name) for room in rooms)] == []
