@@ -1,1 +1,1 @@
-"""Example networks that take any normalization layer; part of the repository, not installed."""
+"""Example networks that take any normalization layer; a wheel carries LeNet, for its demo."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from . import _interrupt  # noqa: F401  (before what takes time)
 from .environment import help as _help
 from .environment import prepare as _prepare
 from .environment import work_space as _work_space

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
+
+from . import _interrupt
 
 
 class Parser(argparse.ArgumentParser):
@@ -18,6 +22,28 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with status 2."""
         self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+
+
+def guarded(program: str, run: Callable[[], int]) -> int:
+    """Run a command; Ctrl-C is one line, and a reader that has read enough, as `head`, is none.
+
+    Returns its exit status, or 128 and the number of the signal. Where Ctrl-C ended the process in
+    silence before, it does so again after: what Python and MXNet do at the end takes time too.
+    """
+    silent = _interrupt.raise_again()
+    try:
+        status = run()
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    finally:
+        if silent:
+            _interrupt.end_in_silence()
 
 
 def fail(program: str, status: int, message: str) -> int:

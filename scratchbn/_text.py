@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
+import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +28,29 @@ def table(header: Sequence[Any], rows: Sequence[Sequence[Any]], *, markdown: boo
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = ["  ".join(cell.ljust(n) for cell, n in zip(row, widths)) for row in cells]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def terminal_width() -> int | None:
+    """Return how many columns standard output has; None if it is no terminal."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def within(rows: Sequence[tuple[str, str]], width: int | None = None) -> str:
+    """Align names and texts; texts are wrapped between words, no word is split.
+
+    >>> print(within([("a", "one two three"), ("long", "four")], 13))
+    a     one two
+          three
+    long  four
+    """
+    indent = max(len(name) for name, _ in rows)
+    indent += 2 if indent else 0
+    lines = []
+    for name, text in rows:
+        room = sys.maxsize if width is None else max(1, width - indent)
+        parts = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False)
+        lines += [f"{name if not i else '':{indent}}{part}" for i, part in enumerate(parts)]
+    return "\n".join(lines)
 
 
 def rich_table(

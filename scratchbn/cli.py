@@ -9,31 +9,33 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from scratchbn import __version__, native
-from scratchbn._command import Parser, add_job, integer, named_shape
-from scratchbn._text import rich_table
-from scratchbn.environment import doctor
+from scratchbn import _demo as demo
+from scratchbn._command import Parser, add_job, guarded, integer, named_shape
+from scratchbn._interrupt import importing
+from scratchbn._text import rich_table, terminal_width
+from scratchbn.environment import doctor, layout
 from scratchbn.native import cuda
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command, by default that of the process; return its exit status."""
     arguments = _parser().parse_args(argv)
+    return guarded(f"scratchbn {arguments.command}", partial(_run, arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """Run the command that was asked for; what the user can do about is one line."""
     try:
         status: int = arguments.run(arguments)
-        sys.stdout.flush()
-    except BrokenPipeError:  # who reads it, such as `head`, has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except KeyboardInterrupt:
-        print(f"scratchbn {arguments.command}: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        raise
     except (OSError, ValueError, ImportError, native.BackendError) as error:
         print(f"scratchbn {arguments.command}: {error}", file=sys.stderr)
         return 1
@@ -45,11 +47,14 @@ def _doctor(arguments: argparse.Namespace) -> int:
     facts = doctor.doctor_facts()
     if arguments.json:
         print(json.dumps(facts, indent=2))
+    elif not arguments.all:
+        print(layout.folded(facts, terminal_width()))
     elif console := _terminal():
-        for table in doctor.rich_tables(facts):
+        for table in layout.rich_tables(facts):
             console.print(table)
+        console.print(layout.verdict(facts), markup=False, highlight=False)
     else:
-        print(doctor.text(facts))
+        print(layout.text(facts))
     return 0 if facts["mxnet"]["error"] is None else 1
 
 
@@ -69,9 +74,15 @@ def _build_native(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _demo(arguments: argparse.Namespace) -> int:
+    """Train LeNet with ScratchBatchNorm and with nn.BatchNorm on 4,000 digits, for a minute."""
+    return demo.run_demo(arguments.data, arguments.epochs, arguments.out, arguments.device)
+
+
 def _parity(arguments: argparse.Namespace) -> int:
     """Compare ScratchBatchNorm with nn.BatchNorm over a grid, on every backend that can be had."""
-    from scratchbn.parity import backends_at_hand, run_grid, standard_grid
+    with importing():
+        from scratchbn.parity import backends_at_hand, run_grid, standard_grid
 
     cases: Any = standard_grid(full=arguments.full)
     cases = [case for case in cases if case.dtype in (arguments.dtype or [case.dtype])]
@@ -97,7 +108,8 @@ def _parity(arguments: argparse.Namespace) -> int:
 
 def _fold(arguments: argparse.Namespace) -> int:
     """Fold the batch normalizations of an exported model into the layers before them."""
-    from scratchbn import deploy
+    with importing():
+        from scratchbn import deploy
 
     before, options = _model(arguments)
     symbol, params, report = deploy.fold(*before, style=arguments.style, **options)
@@ -108,7 +120,8 @@ def _fold(arguments: argparse.Namespace) -> int:
 
 def _convert(arguments: argparse.Namespace) -> int:
     """Exchange ScratchBatchNorm and MXNet's BatchNorm in an exported model."""
-    from scratchbn import convert_files
+    with importing():
+        from scratchbn import convert_files
 
     before, options = _model(arguments)
     unknown = sorted(options["shapes"].keys() - set(before[0].list_inputs()))
@@ -124,14 +137,16 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 def _launch(arguments: argparse.Namespace) -> int:
     """Run a command as a job of MXNet's parameter server on this machine."""
-    from scratchbn.train.launch import launch
+    with importing():
+        from scratchbn.train.launch import launch
 
     return launch(arguments.program, arguments.workers, arguments.servers)
 
 
 def _infer_symbol(arguments: argparse.Namespace) -> int:
     """Write a symbol for inference beside an exported one, for the same parameter file."""
-    from scratchbn import deploy
+    with importing():
+        from scratchbn import deploy
 
     path, comparison = deploy.write_compared(
         arguments.symbol,
@@ -147,19 +162,31 @@ def _infer_symbol(arguments: argparse.Namespace) -> int:
 
 def _model(arguments: argparse.Namespace) -> tuple[tuple[Any, Any], dict[str, Any]]:
     """Read the model, and the options of what rewrites it."""
-    from scratchbn import deploy
+    with importing():
+        from scratchbn import deploy
 
+    for file in _files(arguments.out):
+        for read in (arguments.symbol, arguments.params):
+            if Path(file).resolve() == Path(read).resolve():
+                raise ValueError(f"--out {arguments.out} would replace {read}, which is read")
     model = deploy.load_symbol(arguments.symbol), deploy.load_params(arguments.params)
     return model, {"shapes": dict(arguments.shape), "verify": arguments.verify}
 
 
 def _write(arguments: argparse.Namespace, symbol: Any, params: Any, report: Any) -> None:
     """Print how far a rewritten model is from the model it was, and write it."""
-    from scratchbn import deploy
+    with importing():
+        from scratchbn import deploy
 
     print(_measured(arguments, report.comparison))
+    there = any(Path(file).exists() for file in _files(arguments.out))
     deploy.write_model(arguments.out, symbol, params)
-    print(f"written: {arguments.out}-symbol.json, {arguments.out}-0000.params")
+    print(f"written{', in place of what was there' * there}: {', '.join(_files(arguments.out))}")
+
+
+def _files(prefix: str) -> tuple[str, str]:
+    """Return the files of a model."""
+    return f"{prefix}-symbol.json", f"{prefix}-0000.params"
 
 
 def _measured(arguments: argparse.Namespace, comparison: Any) -> str:
@@ -198,10 +225,20 @@ def _parser() -> argparse.ArgumentParser:
         return command.add_argument
 
     option = add("doctor", _doctor)
+    option("--all", action="store_true", help="show what is as it should be too")
     option("--json", action="store_true", help="print JSON for programs to read")
 
     option = add("build-native", _build_native)
     option("--force", action="store_true", help="build it even if it is there")
+
+    option = add("demo", _demo)
+    data = "sample, mnist, fashion, or a directory with the four IDX files (default: sample)"
+    option("--data", default="sample", help=data)
+    epochs = f"passes over the training set (default: {demo.EPOCHS})"
+    option("--epochs", type=integer(1), default=demo.EPOCHS, help=epochs)
+    out = f"where to write the curves, numbers and nets (default: {demo.OUT})"
+    option("--out", default=demo.OUT, metavar="DIR", help=out)
+    option("--device", default="auto", help="auto, cpu, gpu or gpu:1 (default: auto)")
 
     option = add("parity", _parity)
     dtypes = ("float64", "float32", "float16")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import sys
 import tempfile
@@ -19,15 +20,18 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # imports take seconds: end at once, in silence
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scratchbn import ScratchBatchNorm, convert_files
-from scratchbn._command import Parser, fail, integer
+from scratchbn._command import Parser, fail, guarded, integer
 from scratchbn._text import first_line, table
 from scratchbn._writing import staged_folder
 from scratchbn.deploy import export_inference, export_onnx
 from scratchbn.deploy._files import write_model
 from scratchbn.deploy.check import compare_outputs
+from scratchbn.environment.install import install_command
 
 import mxnet as mx
 import numpy as np
@@ -100,11 +104,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         nets = build_nets(options.net, options.params, options.seed, image_shape(options))
         options.out.mkdir(parents=True, exist_ok=True)
     except ImportError as error:
-        return fail(
-            _NAME, 2, f"{error}: pip install 'scratchbn[cpu,demo,gluoncv]' has all this needs"
-        )
+        command = install_command("cpu", "demo", "gluoncv")
+        return fail(_NAME, 2, f"{error}: {command} has all this needs")
     except (OSError, ValueError) as error:
         return fail(_NAME, 2, str(error))
+    if (options.out / "report.json").exists():
+        print(f"note: {options.out} holds forms of a net; they are replaced at the end")
     with staged_folder(options.out) as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Cannot decide type")  # of data; it is float32
         problems = write_forms(nets.ours, nets.x, folder)
@@ -387,4 +392,4 @@ def _operator(node: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(_NAME, main))

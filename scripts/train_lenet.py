@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -19,9 +20,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # models are not installed
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # imports take seconds: end at once, in silence
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # models stands beside scripts
 
-from scratchbn._command import Parser, fail, integer, positive
+from scratchbn._command import Parser, fail, guarded, integer, positive
+from scratchbn.environment.install import install_command
 
 NAME = "train_lenet.py"
 try:
@@ -35,7 +39,13 @@ try:
     from scratchbn.train.cluster import LAUNCHER
     from scratchbn.train.plot import plot
     from scratchbn.train.repeat import check_alone, over_seeds
-    from scratchbn.train.results import save_net, write_or_elsewhere
+    from scratchbn.train.results import (
+        check_metrics,
+        earlier_results,
+        finite_or_none,
+        save_net,
+        write_or_elsewhere,
+    )
 
     import mxnet as mx
     import numpy as np
@@ -46,8 +56,7 @@ try:
 
     from models.lenet import INITIALIZATIONS, initialize, lenet
 except (ImportError, OSError) as error:
-    advice = "has all this needs (python -m scratchbn doctor says what is there)"
-    sys.exit(fail(NAME, 2, f"{error}: pip install 'scratchbn[cpu,demo]' {advice}"))
+    sys.exit(fail(NAME, 2, f"{error}: {install_command('cpu', 'demo')} has all this needs"))
 
 NORMS: dict[str, Any] = {"scratch": ScratchBatchNorm, "builtin": nn.BatchNorm, "none": None}
 EXPORT_TOLERANCE = 1e-4
@@ -67,7 +76,7 @@ the end.
 
 Exit status: 0 if the comparison in float64 and the exported symbols hold; 1 if not, or if the loss
 is not finite; 2 for an option, data set, device or checkpoint that cannot be used; 3 if the disk
-refused a file; 130 after Ctrl-C, 143 after SIGTERM."""
+refused a file; 130 after Ctrl-C, 143 after SIGTERM, 141 where nobody reads the output any more."""
 
 
 # fmt: off
@@ -211,7 +220,7 @@ def attempt(options: Namespace, arguments: Sequence[str], workers: Workers) -> i
         devices, dataset = training.resolve_devices(options.device), load(options.data)
         training.make_directory(options.out)
     except (DatasetError, DeviceError, OSError, ValueError) as error:
-        return fail(NAME, 2, str(error))
+        return fail(NAME, 2, str(error).replace("spec=", "argument --data: ", 1))
     twin = options.norm == "scratch" and options.compare is not False
     if options.compare and not twin and workers.rank == 0:
         print(f"note: --compare does nothing with --norm {options.norm}", flush=True)
@@ -228,12 +237,15 @@ def attempt(options: Namespace, arguments: Sequence[str], workers: Workers) -> i
             resume = [] if options.resume else ["--resume"]
             command = shlex.join([sys.executable, os.path.abspath(__file__), *arguments, *resume])
             launcher = os.environ.get(LAUNCHER, "")
-            print(f"{interruption}\nto go on: {launcher}{command}", flush=True)
+            output = sys.stderr if interruption.status == 128 + signal.SIGPIPE else sys.stdout
+            print(f"{interruption}\nto go on: {launcher}{command}", file=output, flush=True)
         return interruption.status
     except FloatingPointError as error:
         return fail(NAME, 1, f"{error}: try a lower --lr")
     except training.WriteError as error:
         return fail(NAME, 3, str(error))
+    except BrokenPipeError:
+        raise
     except (training.CheckpointError, OSError) as error:
         return fail(NAME, 2, str(error))
 
@@ -247,6 +259,8 @@ def train(options: Namespace, devices: list[Any], dataset: Dataset, workers: Wor
     device, device_names = devices[0], ", ".join(map(str, devices))
     say(f"data    {dataset.name}: {counts['train']:,} training and {counts['test']:,} test images")
     say(f"device  {device_names}" + (f"\nworkers {workers.size}" if workers.size > 1 else ""))
+    if there := earlier_results(options.out, options, dataset.name):
+        say(f"note: {options.out} holds {there}; they are replaced at the end")
     sgd = {"learning_rate": options.lr}
     runs = [
         Run(norm, build(norm, options, devices), cross_entropy, "sgd", sgd, workers)
@@ -361,22 +375,6 @@ def write_results(
     return status
 
 
-def check_metrics(check: Report | None) -> dict[str, Any]:
-    """Return what metrics.json holds of the cross-check."""
-    if check is None:
-        return {"ok": None, "max_abs_diff": {}}
-    largest: dict[str, float] = {}
-    for row in check.rows:  # np.maximum keeps NaN
-        largest[row.kind] = float(np.maximum(row.absolute, largest.get(row.kind, 0.0)))
-    finite = {kind: finite_or_none(value) for kind, value in largest.items()}
-    return {**check.to_dict(), "ok": bool(check), "max_abs_diff": finite}
-
-
-def finite_or_none(value: float) -> float | None:
-    """Return what JSON can hold of a number."""
-    return value if np.isfinite(value) else None
-
-
 def print_table(runs: list[Run], check: Report | None, exported: float) -> None:
     """Print the last epoch of each net, and the largest differences of the comparisons."""
     last = [run.epochs[-1] for run in runs]
@@ -397,4 +395,4 @@ def print_table(runs: list[Run], check: Report | None, exported: float) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(NAME, main))

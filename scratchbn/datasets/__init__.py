@@ -6,9 +6,10 @@ imported when a download or the sample is asked for.
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -81,11 +82,20 @@ def load(
         return _load_full(spec, cache_root(cache_dir), download, say)
     folder = Path(spec).expanduser()
     if not os.path.isdir(folder):
-        names = ", ".join(["auto", *SOURCES, "sample"])
+        names = ["auto", *SOURCES, "sample"]
         raise ValueError(
-            f"spec={os.fspath(spec)!r} is neither one of {names} nor an existing directory"
+            f"spec={os.fspath(spec)!r} is neither one of {', '.join(names)} nor an existing "
+            f"directory{_hint(os.fspath(spec), folder, names)}"
         )
     return read_folder(folder)
+
+
+def _hint(spec: str, folder: Path, names: Sequence[str]) -> str:
+    """Say what may have been meant by what is no directory."""
+    if os.path.isfile(folder):
+        return f": it is a file, name its directory {str(folder.absolute().parent)!r}"
+    close = difflib.get_close_matches(spec.lower(), names, 1)
+    return f": did you mean {close[0]}?" if close else f": there is no {str(folder.absolute())!r}"
 
 
 def available() -> dict[str, str]:
@@ -136,8 +146,9 @@ def _load_mnist_or_sample(
         except DatasetError as no_sample:
             reasons = [*error.reasons, f"embedded sample: {no_sample}"]
             raise NotFoundError("any MNIST data", reasons) from error
+        count = len(sample.train_labels) + len(sample.test_labels)
         say(
-            f"{error.title} not found ({'; '.join(error.reasons)}): using the embedded sample, "
-            f"{len(sample.train_labels):,} training and {len(sample.test_labels):,} test digits"
+            f"{error.title} not found, using {count:,} digits of it; "
+            "SCRATCHBN_DATA=DIR names others"
         )
         return sample

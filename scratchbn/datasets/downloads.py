@@ -16,9 +16,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from .._writing import staged_folder
+from ..environment.install import install_command
 from . import idx
 from .dataset import Dataset, DatasetError, NotFoundError
-from .sources import INSTALL_DEMO, SOURCES, Source
+from .sources import SOURCES, Source
 
 ANSWER_SECONDS = 4.0  # for all mirrors together: what a closed network costs
 STALL_SECONDS = 5.0
@@ -34,7 +35,7 @@ def download(
     source = SOURCES[name]
     missing = [m for m in ("pooch", "tqdm") if importlib.util.find_spec(m) is None]
     if missing:
-        problem = f"download: needs {' and '.join(missing)} ({INSTALL_DEMO})"
+        problem = f"download: needs {' and '.join(missing)} ({install_command('demo')})"
         raise NotFoundError(source.title, [*reasons, problem])
     files: dict[str, bytes] = {}
     contents: dict[str, bytes] = {}

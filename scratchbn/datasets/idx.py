@@ -19,6 +19,12 @@ FILES = {"train-images": 3, "train-labels": 1, "t10k-images": 3, "t10k-labels": 
 IMAGE_SHAPE = (28, 28)
 CLASSES = 10
 GZIP_MAGIC = b"\x1f\x8b"
+_KINDS = {
+    b"<": "an HTML page: the file itself has to be downloaded",
+    b"PK": "a ZIP archive: unpack it",
+    b"\0\0\x08\x01": "the labels in place of the images",
+    b"\0\0\x08\x03": "the images in place of the labels",
+}
 _UINT8 = 0x08
 
 
@@ -57,7 +63,8 @@ def inflate(content: bytes, where: str, limit: int | None = None) -> bytes:
             inflated = stream.read(-1 if limit is None else limit + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise DatasetError(
-            f"{where}: expected an intact gzip file, found a damaged one ({error})"
+            f"{where}: expected an intact gzip file, found a damaged one of {len(content):,} bytes "
+            f"({error}): copy or download it again"
         ) from error
     if limit is not None and len(inflated) > limit:
         raise DatasetError(f"{where}: expected at most {limit:,} bytes, found more")
@@ -71,7 +78,7 @@ def parse(content: bytes, dimensions: int, where: str) -> np.ndarray:
     if content[:4] != magic:
         raise DatasetError(
             f"{where}: expected an IDX file of unsigned bytes with {dimensions} dimension(s), "
-            f"magic {magic.hex()}; found {content[:4].hex() or 'an empty file'}"
+            f"magic {magic.hex()}; found {content[:4].hex() or 'an empty file'}{_kind(content)}"
         )
     if len(content) < header:
         raise DatasetError(
@@ -85,9 +92,19 @@ def parse(content: bytes, dimensions: int, where: str) -> np.ndarray:
         problem = "truncated" if len(content) < expected else "trailing bytes"
         raise DatasetError(
             f"{where}: expected {expected:,} bytes for shape {shape}, "
-            f"found {len(content):,} ({problem})"
+            f"found {len(content):,} ({problem}): copy or download it again"
         )
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()
+
+
+def _kind(content: bytes) -> str:
+    """Say what a file is that is no IDX file of the right form, where its first bytes tell."""
+    start = content[:64].lstrip()
+    for first, kind in _KINDS.items():
+        if start.startswith(first):
+            return f", {kind}"
+    is_text = start.isascii() and "".join(start.decode("ascii").split()).isprintable()
+    return ", a text file" if start and is_text else ""
 
 
 def parse_all(contents: Mapping[str, bytes], where: Mapping[str, str]) -> list[np.ndarray]:

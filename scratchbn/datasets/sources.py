@@ -6,12 +6,14 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from . import idx
 from .dataset import Dataset, DatasetError, NotFoundError
 
-INSTALL_DEMO = "pip install 'scratchbn[demo]'"
+_SHOWN = 4  # names of files in a message
+_SEARCHED = 200  # folders on a level
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ def read_folder(folder: Path) -> Dataset:
     if missing:
         raise DatasetError(
             f"{folder}: missing {', '.join(missing)} (each may end in .gz); "
-            "expected the four IDX files of an MNIST-like data set"
+            "expected the four IDX files of an MNIST-like data set, found "
+            + _found(folder, list(paths.values()))
         )
     where = {key: str(path) for key, path in paths.items()}
     contents = {key: idx.read(path) for key, path in paths.items()}
@@ -102,6 +105,32 @@ def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path | None:
     except ImportError:
         return None
     return Path(pooch.os_cache("scratchbn"))
+
+
+def _found(folder: Path, idx_files: list[Path]) -> str:
+    """Say what a folder has in place of the four files, or below it."""
+    below = next((f for f in _folders_below(folder) if len(idx.locate(f)) == len(idx.FILES)), None)
+    if below is not None:
+        return f"them in {str(below)!r}: name that directory"
+    if idx_files:
+        return f"only {', '.join(path.name for path in idx_files)}"
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        return f"that it cannot be listed ({error.strerror or error})"
+    shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+    return f"{len(names)} other name{'s' * (len(names) > 1)}: {shown}" if names else "nothing there"
+
+
+def _folders_below(folder: Path) -> list[Path]:
+    """Return the folders one and two levels below, some of them where there are many."""
+    found: list[Path] = []
+    for depth in ("*/", "*/*/"):
+        try:
+            found += [path for path in islice(folder.glob(depth), _SEARCHED) if path.is_dir()]
+        except OSError:  # what may not be looked at is not what is meant
+            continue
+    return found
 
 
 def _places(name: str, cache: Path | None) -> Iterator[tuple[Path, bool]]:

@@ -1,6 +1,6 @@
-"""What ``scratchbn doctor`` says: all that decides whether and where scratchbn runs.
+"""What ``scratchbn doctor`` finds: all that decides whether and where scratchbn runs.
 
-The top of this room: nothing below imports it.
+``layout`` makes lines of it. The top of this room: nothing else in it imports the two.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from .. import datasets, native
-from .._text import rich_table, table
 from ..native import cuda
 from .device import wheel_verdict
 from .driver import Driver, dotted, fusion_problem, query_driver
@@ -29,11 +28,6 @@ OPTIONAL_PACKAGES = (
 _ENVIRONMENT = re.compile(
     r"(MXNET|OMP|GOMP|KMP|OPENBLAS|MKL|DNNL)_\w+|CUDA_VISIBLE_DEVICES|LD_LIBRARY_PATH"
 )
-_VERDICTS = {
-    True: "the wheel has code for it",
-    False: "the wheel has no code for it",
-    None: "not known whether this mxnet has code for it",
-}
 _NO_BACKEND = {"chosen": "unknown", "problem": None, "inference_graph": "unknown"}
 
 
@@ -60,25 +54,6 @@ def doctor_facts() -> dict[str, Any]:
         "backend": _backend_facts(backend or _NO_BACKEND, mxnet),
         "advice": _advice(mxnet, device, driver),
     }
-
-
-def text(facts: dict[str, Any]) -> str:
-    """Lay out the facts as plain text: titles, and below each its names and values."""
-    lines = []
-    for title, rows in _sections(facts):
-        lines += [(title, ""), *((f"  {name}", value) for name, value in rows)]
-    return table(lines[0], lines[1:])
-
-
-def rich_tables(facts: dict[str, Any]) -> list[Any]:
-    """Lay out the facts for a terminal, as a ``rich.table.Table`` for each title."""
-    sections = _sections(facts)
-    width = max(len(name) for _, rows in sections for name, _ in rows)
-    tables = [rich_table(title, ("", ""), rows) for title, rows in sections]
-    for drawn in tables:
-        drawn.box, drawn.show_header, drawn.title_style = None, False, "bold"
-        drawn.columns[0].style, drawn.columns[0].min_width = "cyan", width
-    return tables
 
 
 def _cuda_facts(driver: Driver) -> dict[str, Any]:
@@ -153,61 +128,3 @@ def _advice(mxnet: dict[str, Any], device: dict[str, str] | None, driver: Driver
     if mxnet["features"].get("CUDA", False):
         advice += filter(None, [fusion_problem(driver)])
     return list(dict.fromkeys(advice))
-
-
-def _sections(facts: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Lay out the facts as titled lists of (name, value); what has no value is left out."""
-    python, system, mxnet = facts["python"], facts["platform"], facts["mxnet"]
-    cuda, device, backend = facts["cuda"], facts["device"], facts["backend"]
-    features, libraries = mxnet["features"], cuda["libraries"].items()
-    distributions = mxnet["distributions"].items()
-    sections: dict[str, dict[str, Any]] = {
-        "System": {
-            "scratchbn": facts["scratchbn"] or "not installed, run from its source tree",
-            "Python": f"{python['version']}  {python['executable']}",
-            "platform": system["system"],
-            "CPUs": str(system["cpus"]),
-            "numpy": facts["numpy"],
-            **facts["environment"],
-        },
-        "mxnet": {
-            "distribution": ", ".join(f"{k} {v}" for k, v in distributions) or "none",
-            "import": mxnet["error"] or f"works, {mxnet['version']}  {mxnet['path']}",
-            "built with": " ".join(name for name, on in features.items() if on) or "unknown",
-            "without": " ".join(name for name, on in features.items() if not on),
-        },
-        "CUDA": {
-            "driver": cuda["problem"] or f"supports CUDA {cuda['driver_supports']}",
-            **{f"gpu({gpu['index']})": _gpu_text(gpu) for gpu in cuda["gpus"]},
-            **{k: f"{v['version'] or 'version unknown'}  {v['path']}" for k, v in libraries},
-            "libraries": "" if libraries else "none from nvidia-*-cu11",
-        },
-        "Device": {"auto": f"{device['auto']}: {device['because']}" if device else "unknown"},
-        "Backend": {
-            "chosen": backend["chosen"],
-            "auto on a CPU": backend["auto"],
-            **{f"  {where}": meaning for where, meaning in backend["auto_means"].items()},
-            "auto on a GPU": _reasoned(backend["gpu"]["auto"], backend["gpu"]["problem"]),
-            "kernel": backend["problem"] or backend["library"],
-            **{
-                f"for capability {capability}": path or "compiled at first use, some seconds"
-                for capability, path in backend["gpu"]["code"].items()
-            },
-            "NVRTC": backend["gpu"]["nvrtc"] or "none found",
-            "compiler": backend["compiler"] or "none found",
-        },
-        "Optional packages": {k: v or "not installed" for k, v in facts["packages"].items()},
-        "Data": facts["data"],
-    }
-    laid = [(title, [row for row in rows.items() if row[1]]) for title, rows in sections.items()]
-    advice = [("!", line) for line in facts["advice"]]
-    return [*laid, ("Advice", advice)] if advice else laid
-
-
-def _reasoned(choice: str, problem: str | None) -> str:
-    return choice if problem is None else f"{choice}: {problem}"
-
-
-def _gpu_text(gpu: dict[str, Any]) -> str:
-    verdict = _VERDICTS[gpu["wheel_runs"]]
-    return f"{gpu['name']}, compute capability {gpu['capability']}, {verdict}"

@@ -6,6 +6,7 @@ import ctypes
 import re
 import sys
 
+from .install import install_command, is_clone, python_command, uninstall_command
 from .prepare import (
     CUDA_LIBRARIES,
     cuda11_distributions,
@@ -24,8 +25,9 @@ def import_error_help(exc: BaseException) -> str | None:
     """Say what a failed ``import mxnet`` misses and what to do; None if the failure is unknown."""
     if isinstance(exc, ModuleNotFoundError) and exc.name == "mxnet":
         return (
-            "mxnet is not installed: pip install 'scratchbn[cpu]', or 'scratchbn[cu112]' "
-            "for an NVIDIA GPU"
+            f"mxnet is not installed: {install_command('cpu')}, or for an NVIDIA GPU "
+            f"{install_command('cu112')}"
+            + ("; make train sets up .venv with all of it" if is_clone() else "")
         )
     if isinstance(exc, ModuleNotFoundError) and exc.name == "distutils":
         return (
@@ -43,7 +45,7 @@ def several_distributions_help(installed: dict[str, str]) -> str:
     """Say how to get from several distributions of mxnet to one."""
     return (
         f"the distributions {' and '.join(installed)} are both installed, share the module name "
-        f"mxnet and overwrite each other's files: pip uninstall -y {' '.join(installed)}, then "
+        f"mxnet and overwrite each other's files: {uninstall_command(list(installed))}, then "
         "install one of them again"
     )
 
@@ -52,10 +54,10 @@ def without_cuda_help() -> str:
     """Say how to get an mxnet that uses an NVIDIA GPU."""
     installed = mxnet_distributions()
     text = ", ".join(f"{name} {version}" for name, version in installed.items()) or "no wheel"
-    uninstall = f"pip uninstall -y {' '.join(installed)}, then " if installed else ""
+    uninstall = f"{uninstall_command(list(installed))}, then " if installed else ""
     return (
         f"mxnet is built without CUDA (installed: {text}); for an NVIDIA GPU: {uninstall}"
-        "pip install 'scratchbn[cu112]'"
+        f"{install_command('cu112')}"
     )
 
 
@@ -64,9 +66,9 @@ def _missing_library_help(library: str) -> str | None:
         return (
             f"this mxnet is built for CUDA and needs the NVIDIA driver ({library}), which is not "
             f"here. With an NVIDIA card: install its driver, {PTX_DRIVER} or newer (in a "
-            "container: start it with GPU access, such as docker's --gpus all). Without one: pip "
-            f"uninstall -y {' '.join(cuda11_distributions()) or CUDA_DISTRIBUTION}, then pip "
-            "install 'scratchbn[cpu]'"
+            "container: start it with GPU access, such as docker's --gpus all). Without one: "
+            f"{uninstall_command(cuda11_distributions() or [CUDA_DISTRIBUTION])}, then "
+            f"{install_command('cpu')}"
         )
     component = dict(CUDA_LIBRARIES).get(library)
     if component is not None:
@@ -80,10 +82,11 @@ def _missing_library_help(library: str) -> str | None:
 def _missing_cuda_library_help(library: str, component: str) -> str:
     path = find_cuda_libraries().get(library)
     if path is None:
+        package = f"nvidia-{component}-cu11{'<9' if component == 'cudnn' else ''}"
         return (
-            f"this mxnet is built for CUDA and needs {library}: pip install "
-            f"'nvidia-{component}-cu11{'<9' if component == 'cudnn' else ''}', or "
-            "'scratchbn[cu112]' for all of them"
+            f"this mxnet is built for CUDA and needs {library}: "
+            f"{python_command('-m', 'pip', 'install', package)}, or for all of them "
+            f"{install_command('cu112')}"
         )
     try:
         ctypes.CDLL(str(path))

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .install import python_command
+
 SUPPORTED_NUMPY = "numpy>=1.21,<2"
 # Every name mxnet 1.9.1 takes from numpy that numpy 1.24 removed: `bool` throughout mxnet.numpy,
 # `int` in mxnet.test_utils.
@@ -88,7 +90,8 @@ def _supply_numpy_aliases() -> None:
     if major >= 2:
         raise ImportError(
             f"mxnet 1.9.1 cannot be imported with numpy {np.__version__}, which removed names it "
-            f"uses: pip install '{SUPPORTED_NUMPY}' (scratchbn is developed with numpy 1.23.5)"
+            f"uses: {python_command('-m', 'pip', 'install', SUPPORTED_NUMPY)} (scratchbn is "
+            "developed with numpy 1.23.5)"
         )
     if (major, minor) < (1, 24):
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .._text import rich_table
+from ..environment.install import install_command
 from .records import Record
 
 _QUANTITIES = {
@@ -26,7 +27,7 @@ class LiveTable:
             from rich.console import Console
             from rich.live import Live
         except ImportError as error:
-            raise ImportError("console needs rich: pip install 'scratchbn[demo]'") from error
+            raise ImportError(f"console needs rich: {install_command('demo')}") from error
         if console is not True and not isinstance(console, Console):
             raise TypeError(f"console must be True, False or a rich Console, got {console!r}")
         self._live = Live(console=None if console is True else console, auto_refresh=False)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .._writing import PathLike, check_directory, staged
+from ..environment.install import install_command
 from .measure import SATURATION
 from .records import Record
 
@@ -63,7 +64,7 @@ def plot(records: list[Record], path: PathLike) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("plot needs matplotlib: pip install 'scratchbn[demo]'") from error
+        raise ImportError(f"plot needs matplotlib: {install_command('demo')}") from error
     figure = Figure(figsize=(12, 6.5), layout="constrained")
     _draw(figure, records)
     with staged(path) as file:

@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from ..environment.install import python_command
 from ._build import BackendError, compile_library, compiler, library_path, no_compiler
 from ._operator import OPERATOR, batch_norm, register
 
@@ -48,7 +49,6 @@ class _Kernel:
 
 
 _kernel = _Kernel()
-_NOT_BUILT = "the kernel has not been built: run python -m scratchbn build-native"
 
 
 def build(force: bool = False) -> Path:
@@ -97,7 +97,7 @@ def available() -> bool:
         try:
             path = library_path()
             if not path.exists():
-                raise BackendError(_NOT_BUILT)
+                raise BackendError(_not_built())
             _kernel.load(path)
         except BackendError as error:
             _kernel.problem = str(error)
@@ -116,7 +116,12 @@ def facts() -> dict[str, Any]:
     try:
         path = library_path()
         if not path.exists():
-            path, problem = None, _NOT_BUILT if compiler() else no_compiler()
+            path, problem = None, _not_built() if compiler() else no_compiler()
     except BackendError as error:
         problem = str(error)
     return {"library": path and str(path), "compiler": compiler(), "problem": problem}
+
+
+def _not_built() -> str:
+    build = python_command("-m", "scratchbn", "build-native")
+    return f"the kernel has not been built: run {build}"

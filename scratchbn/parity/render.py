@@ -9,6 +9,7 @@ from typing import Any
 
 from .._text import table
 from .._writing import PathLike
+from ..environment.install import install_command
 
 Table = tuple[list[str], list[list[str]], str]  # header, lines, what was left out
 
@@ -26,7 +27,7 @@ def page(template: str, *folders: PathLike, **content: Any) -> str:
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
     except ImportError as error:
-        raise ImportError("HTML needs jinja2: pip install 'scratchbn[report]'") from error
+        raise ImportError(f"HTML needs jinja2: {install_command('report')}") from error
     environment = Environment(
         loader=FileSystemLoader([*folders, Path(__file__).parent]),
         autoescape=True,

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..environment.install import install_command
+
 try:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 except ImportError as error:
-    raise ImportError(f"{error}: pip install 'scratchbn[demo]'") from error
+    raise ImportError(f"{error}: {install_command('demo')}") from error
 
 from .._writing import PathLike
 from .run import Run

@@ -11,15 +11,10 @@ from rich.console import Console
 
 from .._writing import staged_folder
 from .plot import plot_seeds
+from .results import deciding, options_of
 from .seeds import summarize
 
 __all__ = ["check_alone", "finished", "over_seeds"]
-
-# Options that may differ between the seeds of a summary.
-_FREE = (
-    "checkpoint_every", "debug", "device", "join_timeout", "kvstore", "monitor", "out",
-    "resume", "seeds", "timeout",
-)  # fmt: skip
 
 
 def check_alone(options: Namespace) -> None:
@@ -78,11 +73,8 @@ def over_seeds(options: Namespace, data: str, train: Callable[[Namespace], int])
 
 def finished(options: Namespace, data: str) -> dict[str, Any] | None:
     """Return the metrics of a run whose results are there, if its options and data were these."""
-    try:
-        metrics = json.loads((options.out / "metrics.json").read_text("utf-8"))
-        had = {**metrics["options"], "data": metrics["data"]["name"]}
-    except (OSError, ValueError, KeyError, TypeError):
+    had, wanted = options_of(options.out), deciding(options, data)
+    if had is None or any(name not in had or had[name] != wanted[name] for name in wanted):
         return None
-    wanted = {name: value for name, value in vars(options).items() if name not in _FREE}
-    wanted["data"] = data
-    return metrics if all(name in had and had[name] == wanted[name] for name in wanted) else None
+    metrics: dict[str, Any] = json.loads((options.out / "metrics.json").read_text("utf-8"))
+    return metrics

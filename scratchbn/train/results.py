@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import warnings
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,11 +17,18 @@ from mxnet import gluon
 from .._text import first_line
 from .._writing import staged_folder
 from ..deploy import write_inference_symbol
+from ..parity import Report
 from .checkpoint import WriteError
 
-__all__ = ["save_net", "write_or_elsewhere"]
+__all__ = ["check_metrics", "earlier_results", "finite_or_none", "save_net", "write_or_elsewhere"]
 
 Result = TypeVar("Result")
+
+# Options that say where and how a run is done, not what it computes.
+_FREE = (
+    "checkpoint_every", "debug", "device", "join_timeout", "kvstore", "monitor", "out",
+    "resume", "seeds", "timeout",
+)  # fmt: skip
 
 
 def write_or_elsewhere(
@@ -104,3 +113,57 @@ def save_net(net: gluon.HybridBlock, sample: Any, stem: Path) -> float:
     except mx.MXNetError as error:
         raise OSError(first_line(error)) from error
     return float(np.max(differences))  # keeps NaN
+
+
+def earlier_results(directory: Path, options: Namespace, data: str) -> str | None:
+    """Say of which run a directory holds results; None if of none.
+
+    Parameters
+    ----------
+    directory : Path
+    options : Namespace
+        Those of this run; what was otherwise is said.
+    data : str
+        The name of this run's data set.
+    """
+    had = options_of(directory)
+    if had is None:
+        return "results" if (directory / "metrics.json").exists() else None
+    wanted = deciding(options, data)
+    other = [
+        f"--{name.replace('_', '-')} {had.get(name)}"
+        for name in wanted
+        if had.get(name) != wanted[name]
+    ]
+    return f"the results of a run with {' '.join(other) or 'the same options'}"
+
+
+def options_of(directory: Path) -> dict[str, Any] | None:
+    """Return the options and the data of the run whose results a directory holds."""
+    try:
+        metrics = json.loads((directory / "metrics.json").read_text("utf-8"))
+        return {**metrics["options"], "data": metrics["data"]["name"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def deciding(options: Namespace, data: str) -> dict[str, Any]:
+    """Return the options that results depend on."""
+    kept = {name: value for name, value in vars(options).items() if name not in _FREE}
+    return {**kept, "data": data}
+
+
+def check_metrics(check: Report | None) -> dict[str, Any]:
+    """Return what metrics.json holds of the cross-check."""
+    if check is None:
+        return {"ok": None, "max_abs_diff": {}}
+    largest: dict[str, float] = {}
+    for row in check.rows:  # np.maximum keeps NaN
+        largest[row.kind] = float(np.maximum(row.absolute, largest.get(row.kind, 0.0)))
+    finite = {kind: finite_or_none(value) for kind, value in largest.items()}
+    return {**check.to_dict(), "ok": bool(check), "max_abs_diff": finite}
+
+
+def finite_or_none(value: float) -> float | None:
+    """Return what JSON can hold of a number."""
+    return value if np.isfinite(value) else None

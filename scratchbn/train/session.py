@@ -24,16 +24,22 @@ from .run import Run
 
 __all__ = ["Interrupted", "Session"]
 
+_ENDINGS: dict[int, str] = {
+    signal.SIGINT: "interrupted",
+    signal.SIGTERM: "ended by SIGTERM",
+    signal.SIGPIPE: "nobody reads the output",
+}
+
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM, after the runs were saved.
+    """Ctrl-C, SIGTERM or an output that nobody reads, after the runs were saved.
 
     Attributes
     ----------
     path : Path or None
         The checkpoint; None if none could be saved where checkpoints belong.
     status : int
-        What the process should exit with: 128 and the number of the signal, 130 or 143.
+        What the process should exit with: 128 and the number of the signal, 130, 143 or 141.
     """
 
     def __init__(self, message: str, path: Path | None = None, status: int = 130) -> None:
@@ -176,6 +182,8 @@ class Session:
     ) -> None:
         try:
             if isinstance(error, OSError) and self._workers.size == 1 and self._steps():
+                if isinstance(error, BrokenPipeError):
+                    self._interrupt(signal.SIGPIPE)
                 raise WriteError(f"{error}; {self._rescue(self._writer())}") from error
         finally:
             for number, handler in self._previous_handlers.items():
@@ -264,7 +272,7 @@ class Session:
         self._stop_signal = number
 
     def _interrupt(self, number: int) -> None:
-        word = "ended by SIGTERM" if number == signal.SIGTERM else "interrupted"
+        word = _ENDINGS[number]
         try:
             path = self._save()
         except CheckpointError as error:

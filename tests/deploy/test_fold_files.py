@@ -241,8 +241,11 @@ def test_command(model_files, tmp_path, capsys):
 
 def test_command_without_shapes(model_files, tmp_path, capsys):
     out = str(tmp_path / "folded")
+    (tmp_path / "folded-0000.params").touch()
     assert cli.main(["fold", *model_files, "--out", out, "--style", "affine"]) == 0
-    assert "not measured, give --shape data=N,C,..." in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "not measured, give --shape data=N,C,..." in printed
+    assert f"\nwritten, in place of what was there: {out}-symbol.json, {out}-0000" in printed
     assert "broadcast_mul" in operators(out)
 
 

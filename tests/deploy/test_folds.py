@@ -240,7 +240,7 @@ def test_a_sum_of_a_convolution_and_itself_runs_where_mxnet_fuses(rng, monkeypat
     assert np.isfinite(executor.forward()[0].asnumpy()).all()
 
 
-def test_models_are_compared_as_they_are_written(rng, monkeypatch):
+def test_models_are_compared_as_they_are_written_and_in_silence(rng, monkeypatch, capfd):
     """OneDNN's fusion replaces the output of a convolution that is a head by that of its norm."""
     monkeypatch.setenv("MXNET_SUBGRAPH_BACKEND", "MKLDNN")
     y = conv(x)
@@ -250,3 +250,4 @@ def test_models_are_compared_as_they_are_written(rng, monkeypatch):
     difference, size = largest_difference((symbol, params), model, {"data": IMAGE})
     assert difference < 1e-5 * size
     assert os.environ["MXNET_SUBGRAPH_BACKEND"] == "MKLDNN"
+    assert capfd.readouterr().err == ""

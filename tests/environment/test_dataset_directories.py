@@ -93,6 +93,21 @@ def test_counts_and_label_range(tmp_path):
         load(write(tmp_path / "eleven", eleven))
 
 
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"<!DOCTYPE html><title>404</title>", "an HTML page"),
+        (b"PK\x03\x04" + bytes(60), "a ZIP archive: unpack it"),
+        (MNIST["train-labels"], "found 00000801, the labels in place of the images"),
+        (b"5,0,0,0,12\n7,0,0,0,3", "a text file"),
+    ],
+)
+def test_what_a_wrong_file_is(tmp_path, content, kind):
+    folder = write(tmp_path / "d", {**MNIST, "train-images": content})
+    with pytest.raises(DatasetError, match=f"train-images-idx3-ubyte: expected an IDX .*{kind}"):
+        load(folder)
+
+
 def spoil_checksum(content):
     return content[:-8] + bytes([content[-8] ^ 1]) + content[-7:]
 
@@ -111,7 +126,8 @@ def test_corrupt_gzip(tmp_path, spoil):
     folder = write(tmp_path / "d", MNIST, ".gz")
     path = folder / f"{NAMES['t10k-images']}.gz"
     path.write_bytes(spoil(path.read_bytes()))
-    with pytest.raises(DatasetError, match=r"t10k-images-idx3-ubyte\.gz: expected an intact gzip"):
+    message = r"t10k-images-idx3-ubyte\.gz: expected an intact gzip .* download it again"
+    with pytest.raises(DatasetError, match=message):
         load(folder)
 
 
@@ -119,6 +135,23 @@ def test_missing_files_are_listed(tmp_path):
     folder = write(tmp_path / "d", MNIST)
     (folder / NAMES["train-labels"]).unlink()
     with pytest.raises(DatasetError, match=r"missing train-labels-idx1-ubyte \(each"):
+        load(folder)
+
+
+def test_what_is_there_in_place_of_the_files_is_said(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    with pytest.raises(DatasetError, match="found nothing there"):
+        load(folder)
+    for i in range(6):
+        (folder / f"{i}.png").touch()
+    with pytest.raises(DatasetError, match=r"found 6 other names: 0.png, .*, 3.png, \.\.\.$"):
+        load(folder)
+    write(folder, {"t10k-labels": MNIST["t10k-labels"]})
+    with pytest.raises(DatasetError, match=r"found only t10k-labels-idx1-ubyte$"):
+        load(folder)
+    below = write(folder / "MNIST" / "raw", MNIST)
+    with pytest.raises(DatasetError, match=f"found them in '{below}': name that directory"):
         load(folder)
 
 
@@ -140,6 +173,13 @@ def test_no_other_length_passes(data):
 def test_arguments_are_checked(tmp_path):
     with pytest.raises(ValueError, match=r"spec='mnits' is neither .*auto, mnist, fashion, sample"):
         load("mnits")
+    with pytest.raises(ValueError, match=r"directory: did you mean mnist\?"):
+        load("mnits")
+    (tmp_path / "file.gz").touch()
+    with pytest.raises(ValueError, match=f"it is a file, name its directory '{tmp_path}'"):
+        load(tmp_path / "file.gz")
+    with pytest.raises(ValueError, match=f"there is no '{tmp_path}/nowhere'"):
+        load(tmp_path / "nowhere")
     with pytest.raises(TypeError, match="spec=3 is a int"):
         load(3)
     with pytest.raises(TypeError, match="cache_dir=3 is a int"):

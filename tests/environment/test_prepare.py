@@ -8,6 +8,7 @@ import types
 from pathlib import Path
 
 from scratchbn.environment import help, prepare
+from scratchbn.environment.install import install_command
 
 import pytest
 from pretended_machine import (
@@ -186,11 +187,20 @@ def test_a_library_that_needs_cuda_loads_after_prepare_only(tmp_path):
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (ModuleNotFoundError("x", name="mxnet"), ["scratchbn[cpu]", "scratchbn[cu112]"]),
+        (
+            ModuleNotFoundError("x", name="mxnet"),
+            [install_command("cpu"), install_command("cu112")],
+        ),
         (ModuleNotFoundError("x", name="distutils"), ["distutils", "Python 3.9, 3.10 or 3.11"]),
         (no_such_library("libcuda.so.1"), ["NVIDIA driver (libcuda.so.1)", "mxnet-cu112"]),
-        (no_such_library("libcudnn.so.8"), ["libcudnn.so.8", "'nvidia-cudnn-cu11<9'"]),
-        (no_such_library("libnvrtc.so.11.2"), ["'nvidia-cuda-nvrtc-cu11'", "scratchbn[cu112]"]),
+        (
+            no_such_library("libcudnn.so.8"),
+            ["libcudnn.so.8", "-m pip install 'nvidia-cudnn-cu11<9'"],
+        ),
+        (
+            no_such_library("libnvrtc.so.11.2"),
+            ["nvidia-cuda-nvrtc-cu11,", install_command("cu112")],
+        ),
         (no_such_library("libgomp.so.1"), ["libgomp.so.1", "apt-get install libgomp1"]),
         (no_such_library("libquadmath.so.0"), ["apt-get install libquadmath0"]),
     ],

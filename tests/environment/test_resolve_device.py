@@ -5,6 +5,7 @@ import warnings
 from scratchbn.environment import device
 from scratchbn.environment.device import DeviceError, resolve_device
 from scratchbn.environment.driver import GPU, Driver
+from scratchbn.environment.install import install_command
 
 import mxnet as mx
 import pytest
@@ -47,7 +48,7 @@ def test_gpu_specs_after_a_kernel_ran(monkeypatch):
             {"driver": NO_DRIVER, "cuda": False, "wheel": "mxnet"},
             [
                 "mxnet is built without CUDA (installed: mxnet 1.9.1)",
-                "pip uninstall -y mxnet, then pip install 'scratchbn[cu112]'",
+                "pip uninstall -y mxnet, then " + install_command("cu112"),
             ],
         ),
         ("gpu", {"driver": NO_DRIVER}, ["no NVIDIA driver (libcuda.so.1: cannot open)"]),

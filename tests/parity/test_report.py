@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import sys
 
 from scratchbn import ScratchBatchNorm
+from scratchbn.environment.install import install_command
 from scratchbn.parity import Report, Row, compare
 
 import numpy as np
@@ -83,7 +85,7 @@ def test_html_is_complete_in_itself(failed, tmp_path):
 
 def test_html_without_jinja2(failed, monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(ImportError, match=r"pip install 'scratchbn\[report\]'"):
+    with pytest.raises(ImportError, match=re.escape(install_command("report"))):
         failed.to_html()
 
 

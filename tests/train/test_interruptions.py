@@ -218,6 +218,24 @@ def test_the_script_saves_on_sigterm(tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "metrics.json").read_text())["device"] == "cpu(0), cpu(1)"
 
 
+def test_the_script_ends_where_nobody_reads_on_and_loses_nothing(tmp_path):
+    child = subprocess.Popen(
+        [*SCRIPT, *FEW, "--epochs", "9", "--out", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not child.stdout.readline().startswith("epoch 1"):
+        assert child.poll() is None
+    child.stdout.close()
+    said = child.stderr.read().splitlines()
+    assert child.wait(timeout=60) == 141
+    assert len(said) == 2
+    assert said[0].startswith(f"nobody reads the output; saved {tmp_path}/checkpoints/step-0")
+    assert said[1].startswith("to go on: ") and said[1].endswith(" --resume")
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 1
+
+
 WORKER = """
 import os, signal, sys, time
 if os.environ["DMLC_ROLE"] != "worker":

@@ -4,6 +4,7 @@ import json
 from argparse import Namespace
 
 from scratchbn.train.repeat import finished
+from scratchbn.train.results import earlier_results
 from scratchbn.train.seeds import MEASURES, paired, summarize
 
 import numpy as np
@@ -79,6 +80,30 @@ def test_what_is_for_a_single_training(option, tmp_path, capsys):
     assert train_lenet.main([*FEW, "--seeds", "2", *option, "--out", str(tmp_path)]) == 2
     assert "argument --seeds: not with --monitor" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_results_that_are_replaced_are_named(tmp_path, monkeypatch, capsys):
+    options = {"norm": "scratch", "lr": 0.1, "batch_size": 64, "data": "auto", "out": "x"}
+    wanted = Namespace(**options, seeds=None)
+    assert earlier_results(tmp_path, wanted, "sample") is None
+    (tmp_path / "metrics.json").write_text("{}")
+    assert earlier_results(tmp_path, wanted, "sample") == "results"
+    metrics = {"options": options, "data": {"name": "sample"}}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    said = earlier_results(tmp_path, wanted, "sample")
+    assert said == "the results of a run with the same options"
+    wanted.batch_size = 32
+    said = earlier_results(tmp_path, wanted, "mnist")
+    assert said == "the results of a run with --batch-size 64 --data sample"
+
+    def stop(*_):
+        raise FloatingPointError("stop")
+
+    monkeypatch.setattr(train_lenet, "build", stop)
+    assert train_lenet.main([*FEW, "--out", str(tmp_path)]) == 1
+    note = f"note: {tmp_path} holds the results of a run with "
+    assert note in capsys.readouterr().out, "said at once"
+    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics, "kept until the end"
 
 
 def test_only_the_same_options_are_finished(tmp_path):

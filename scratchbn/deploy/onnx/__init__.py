@@ -7,6 +7,7 @@ from typing import Any
 
 from ..._checks import check_flag, check_integer
 from ..._writing import PathLike, check_directory, write_files
+from ...environment.install import install_command
 from .._report import FoldReport
 from .._trace import lowered
 
@@ -74,7 +75,7 @@ def export_onnx(
     try:
         import onnx  # noqa: F401
     except ImportError as error:
-        raise ImportError("export_onnx needs onnx: pip install 'scratchbn[onnx]'") from error
+        raise ImportError(f"export_onnx needs onnx: {install_command('onnx')}") from error
     check_directory(path)
     symbol, values, inputs, report = lowered(net, example_inputs, folding=True, style="affine")
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from ..._writing import staged
 from ...environment.driver import dotted
+from ...environment.install import python_command
 from .._build import BackendError, cache_directory
 
 SOURCE = "batch_norm.cu"
@@ -197,7 +198,7 @@ def _find() -> tuple[str, Any]:
             continue
     raise BackendError(
         f"no NVRTC, CUDA's run-time compiler (looked for {', '.join(LIBRARIES)}): "
-        "pip install nvidia-cuda-nvrtc-cu11"
+        + python_command("-m", "pip", "install", "nvidia-cuda-nvrtc-cu11")
     )
 
 
