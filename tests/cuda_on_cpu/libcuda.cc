@@ -20,9 +20,7 @@ using Kernel = void (*)(Call);
 #define STREAMING_OF(type, V)                                                         \
   NAMED(moments_##type##_##V), NAMED(transform_##type##_##V),                         \
       NAMED(gradient_sums_##type##_##V), NAMED(gradient_##type##_##V)
-#define KERNELS_OF(type, V)                                      \
-  STREAMING_OF(type, 1), STREAMING_OF(type, V), NAMED(finish_forward_##type), \
-      NAMED(finish_backward_##type)
+#define KERNELS_OF(type, V) STREAMING_OF(type, 1), STREAMING_OF(type, V)
 
 const std::map<std::string, Kernel> kernels = {
     KERNELS_OF(half, 4), KERNELS_OF(float, 4), KERNELS_OF(double, 2)};
@@ -53,7 +51,7 @@ API int cuGetErrorString(int status, const char** text) {
 }
 API int cuDeviceGetAttribute(int* value, int which, int) {
   const int capability = number("CUDA_ON_CPU_CAPABILITY", 80);
-  *value = which == 16   ? number("CUDA_ON_CPU_PROCESSORS", 2)
+  *value = which == 16   ? number("CUDA_ON_CPU_PROCESSORS", 8)
            : which == 75 ? capability / 10
            : which == 76 ? capability % 10
                          : 0;
@@ -65,6 +63,16 @@ API int cuCtxPushCurrent_v2(void* pushed) {
   return ++depth, 0;
 }
 API int cuCtxPopCurrent_v2(void** popped) { return --depth, *popped = &context, 0; }
+API int cuMemAlloc_v2(unsigned long long* memory, size_t bytes) {
+  if (depth == 0) return kInvalidContext;
+  void* const taken = std::malloc(bytes);
+  std::memset(taken, 0xff, bytes);
+  return *memory = reinterpret_cast<unsigned long long>(taken), 0;
+}
+API int cuMemsetD8Async(unsigned long long memory, unsigned char value, size_t bytes, void*) {
+  if (depth == 0) return kInvalidContext;
+  return std::memset(reinterpret_cast<void*>(memory), value, bytes), 0;
+}
 API int cuModuleLoadData(void** loaded, const void* image) {
   const char* bytes = static_cast<const char*>(image);
   if (depth == 0) return kInvalidContext;
