@@ -49,8 +49,8 @@ CLOSE = {"float64": 1e-13, "float32": 2e-6, "float16": 6e-4}  # float16: what ro
 
 
 @pytest.fixture(scope="module")
-def driver(tmp_path_factory):
-    return cuda_on_cpu.Driver(tmp_path_factory.mktemp("driver"))
+def driver():
+    return cuda_on_cpu.Driver()
 
 
 @pytest.fixture(scope="module")
