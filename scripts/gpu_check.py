@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_kit.code import code_for
 from gpu_kit.on_torch import TYPES, TorchMemory, reference
 from gpu_kit.operator import DEFAULTS, Operator
 from gpu_kit.steps import backward, forward, gradients_for, outputs_for
@@ -41,11 +42,7 @@ def load(kit: Path, device: torch.device) -> Operator:
         ctypes.CDLL(str(kit / "libgomp.so.1"), ctypes.RTLD_GLOBAL)
     operator = Operator(kit / "operator.so")
     major, minor = (8, 0) if device.type == "cpu" else torch.cuda.get_device_capability(device)
-    alike = [kit / f"sm_{major}{lower}.cubin" for lower in range(minor, -1, -1)]
-    found = [file for file in (*alike, *sorted(kit.glob("compute_*.ptx"))) if file.exists()]
-    if not found:
-        raise FileNotFoundError(f"{kit} has no code for compute capability {major}.{minor}")
-    operator.add_image(10 * major + minor, found[0].read_bytes())
+    operator.add_image(10 * major + minor, code_for(kit, (major, minor)).read_bytes())
     operator.open(0)
     return operator
 
