@@ -19,7 +19,7 @@ else
 endif
 STALE := $(if $(filter-out $(WANTED),$(HAS))$(filter-out $(HAS),$(WANTED)),rebuild)
 
-.PHONY: help train test test-cu112 rehearse-gpu gpu-kit parity notebook bench lint check sanitize soak pythons clean lock rebuild
+.PHONY: help train test test-cu112 rehearse-gpu gpu-kit parity notebook bench lint check essentials sanitize soak pythons other-pythons clean lock rebuild
 .DELETE_ON_ERROR:
 
 # With ARGS="--device gpu" in .venv-cu112, which `make test-cu112` makes too.
@@ -30,7 +30,8 @@ train: $(READY)
 	$(BIN)/python $(if $(ON_GPU),scripts/suite_on_cu112.py --run )scripts/train_lenet.py $(ARGS)
 
 # Linters, types, tests, and the examples in the documentation; PYTHON=python3.9 for another Python.
-test: lint check
+# With CI=true, what is most likely to break on the other Pythons too.
+test: lint check $(if $(CI),other-pythons)
 
 # The tests alone; ARGS="-k words" for some of them.
 check: $(READY)
@@ -91,7 +92,7 @@ $(READY): requirements.lock pyproject.toml $(STALE)
 	@$(PYTHON) -m venv $(if $(STALE),--clear) $(VENV) || \
 	  { echo "no venv module; on Debian: apt-get install python3-venv" >&2; exit 1; }
 	@$(BIN)/python scripts/install.py
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@flock pyproject.toml $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@$(BIN)/python -m scratchbn build-native || echo "without the compiled kernel everything works, slower"
 	@$(BIN)/python -m scratchbn doctor > $(VENV)/doctor.txt || { cat $(VENV)/doctor.txt >&2; exit 1; }
 	@touch $@
@@ -103,18 +104,23 @@ lock: $(READY)
 	  --no-python-downloads --no-annotate --no-header --no-emit-index-url --no-emit-find-links \
 	  -o requirements.lock
 
-# `make test` on every Python of 3.9 to 3.11 that is found, each in an environment of its own.
-pythons:
-	@for version in 3.9 3.10 3.11; do \
-	  if python$$version -c '$(RIGHT)' 2>/dev/null; then \
-	    $(MAKE) --no-print-directory test PYTHON=python$$version VENV=.venv-$$version || exit 1; \
-	  else echo "python$$version: not here"; fi; \
-	done
+# `make lint check` on every Python of 3.9 to 3.11 that is found, each in an environment of its own.
+pythons: $(READY)
+	$(BIN)/python scripts/pythons.py lint check
+
+# Types and the layers' tests on the other Pythons of 3.9 to 3.11 that are found.
+other-pythons: $(READY)
+	$(BIN)/python scripts/pythons.py --others --jobs 2 essentials
+
+# Types and the layers' tests.
+essentials: $(READY)
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/layer $(ARGS)
 
 # This list.
 help:
 	@awk '/^#/ { text = text substr($$0, 2); next } \
-	  /^[a-z][a-z0-9-]*:/ { sub(":.*", ""); printf "make %-12s%s\n", $$0, text } { text = "" }' Makefile
+	  /^[a-z][a-z0-9-]*:/ { sub(":.*", ""); printf "make %-14s%s\n", $$0, text } { text = "" }' Makefile
 
 # Delete what can be made again.
 clean:

@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LOCK = Path(__file__).resolve().parent.parent / "requirements.lock"
+# The lock names every package; modules are compiled when they are first imported.
 PIP = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check"]
+PIP += ["--no-deps", "--no-compile"]
 
 
 def collected(lines: Iterator[str]) -> Iterator[str]:
