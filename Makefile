@@ -119,8 +119,12 @@ essentials: $(READY)
 
 # This list.
 help:
-	@awk '/^#/ { text = text substr($$0, 2); next } \
-	  /^[a-z][a-z0-9-]*:/ { sub(":.*", ""); printf "make %-14s%s\n", $$0, text } { text = "" }' Makefile
+	@width=999; [ -t 1 ] && width=$$(tput cols 2>/dev/null || echo 80); \
+	awk -v width=$$width '/^#/ { text = text substr($$0, 2); next } \
+	  /^[a-z][a-z0-9-]*:/ { sub(":.*", ""); line = sprintf("make %-14s", $$0); n = split(text, word, " "); \
+	    for (i = 1; i <= n; i++) { if (length(line word[i]) >= width) { print line; line = sprintf("%19s", "") } \
+	      line = line " " word[i] } \
+	    print line } { text = "" }' Makefile
 
 # Delete what can be made again.
 clean:

@@ -53,6 +53,51 @@ def within(rows: Sequence[tuple[str, str]], width: int | None = None) -> str:
     return "\n".join(lines)
 
 
+def reflowed(text: str, width: int | None = None) -> str:
+    """Wrap the lines that are too long, between words and with an indent; no word is split.
+
+    >>> print(reflowed("stage1_batchnorm0 folded into stage1_conv0", 30))
+    stage1_batchnorm0 folded into
+        stage1_conv0
+    """
+    if width is None:
+        return text
+    lines = []
+    for line in text.splitlines():
+        indent = " " * (len(line) - len(line.lstrip()) + 4)
+        parts = textwrap.wrap(
+            line,
+            max(1, width),
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        lines += [line] if len(line) <= width else parts
+    return "\n".join(lines)
+
+
+def print_fitted(text: str) -> None:
+    """Print lines that fit the terminal, at once."""
+    print(reflowed(text, terminal_width()), flush=True)
+
+
+def fitted(header: Sequence[Any], rows: Sequence[Sequence[Any]], width: int | None = None) -> str:
+    """Align rows as a table if it fits, else each as lines of its own; no cell is split in a word.
+
+    >>> print(fitted(["layer", "kind"], [["stage1_batchnorm0", "running mean"]], 24))
+    stage1_batchnorm0
+      kind  running mean
+    """
+    whole = table(header, rows)
+    if width is None or max(map(len, whole.splitlines())) <= width:
+        return whole
+    blocks = []
+    for row in rows:
+        named = [(f"  {name}", str(cell)) for name, cell in zip(header[1:], row[1:]) if str(cell)]
+        blocks.append(f"{row[0]}\n{within(named, width)}")
+    return "\n".join(blocks)
+
+
 def rich_table(
     title: str, header: Sequence[Any], rows: Sequence[Sequence[Any]], caption: str = ""
 ) -> Any:

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from scratchbn import __version__, native
 from scratchbn import _demo as demo
 from scratchbn._command import Parser, add_job, guarded, integer, named_shape
 from scratchbn._interrupt import importing
-from scratchbn._text import rich_table, terminal_width
+from scratchbn._text import fitted, reflowed, terminal_width
 from scratchbn.environment import doctor, layout
 from scratchbn.native import cuda
 
@@ -83,6 +84,7 @@ def _parity(arguments: argparse.Namespace) -> int:
     """Compare ScratchBatchNorm with nn.BatchNorm over a grid, on every backend that can be had."""
     with importing():
         from scratchbn.parity import backends_at_hand, run_grid, standard_grid
+        from scratchbn.parity.summary import summary
 
     cases: Any = standard_grid(full=arguments.full)
     cases = [case for case in cases if case.dtype in (arguments.dtype or [case.dtype])]
@@ -96,13 +98,7 @@ def _parity(arguments: argparse.Namespace) -> int:
         report.to_json(arguments.json)
     if arguments.html:
         report.to_html(arguments.html, title="ScratchBatchNorm and nn.BatchNorm")
-    if console := _terminal():
-        drawn = rich_table(report.verdict, *report.table())
-        for row, line in zip(drawn.rows, report.table()[1]):
-            row.style = "bold red" if "FAIL" in line else None
-        console.print(drawn)
-    else:
-        print(report)
+    print(summary(report, terminal_width(), arguments.all))
     return 0 if report else 1
 
 
@@ -113,8 +109,13 @@ def _fold(arguments: argparse.Namespace) -> int:
 
     before, options = _model(arguments)
     symbol, params, report = deploy.fold(*before, style=arguments.style, **options)
-    print(report)
+    shown = report if arguments.all else replace(report, folded=())
+    rows = [(line.node, line.result, line.because) for line in (*shown.folded, *shown.kept)]
+    if rows:
+        print(fitted(("layer", "result", "because"), rows, terminal_width()))
+    more = "" if arguments.all or not report.folded else " (--all shows the folded ones)"
     _write(arguments, symbol, params, report)
+    print(f"{len(report.folded)} folded, {len(report.kept)} kept{more}")
     return 0
 
 
@@ -128,10 +129,12 @@ def _convert(arguments: argparse.Namespace) -> int:
     if unknown:
         raise ValueError(f"--shape must name an input of the symbol, got {unknown[0]!r}")
     symbol, params, report = convert_files(*before, to=arguments.to, **options)
-    for entry in report.converted:
-        print(entry)
-    print(report)
+    for entry in report.converted * arguments.all:
+        print(reflowed(str(entry), terminal_width()))
+    counts, *remarks = str(report).splitlines()
+    print("".join(f"{reflowed(line, terminal_width())}\n" for line in remarks), end="")
     _write(arguments, symbol, params, report)
+    print(f"{counts}{'' if arguments.all else ' (--all shows them)'}")
     return 0
 
 
@@ -155,7 +158,7 @@ def _infer_symbol(arguments: argparse.Namespace) -> int:
         shapes=dict(arguments.shape),
         verify=arguments.verify,
     )
-    print(_measured(arguments, comparison))
+    print(reflowed(_measured(arguments, comparison), terminal_width()))
     print(f"written: {path}")
     return 0
 
@@ -178,7 +181,7 @@ def _write(arguments: argparse.Namespace, symbol: Any, params: Any, report: Any)
     with importing():
         from scratchbn import deploy
 
-    print(_measured(arguments, report.comparison))
+    print(reflowed(_measured(arguments, report.comparison), terminal_width()))
     there = any(Path(file).exists() for file in _files(arguments.out))
     deploy.write_model(arguments.out, symbol, params)
     print(f"written{', in place of what was there' * there}: {', '.join(_files(arguments.out))}")
@@ -243,6 +246,7 @@ def _parser() -> argparse.ArgumentParser:
     option = add("parity", _parity)
     dtypes = ("float64", "float32", "float16")
     only = "only cases of this dtype; may be given more than once"
+    option("--all", action="store_true", help="show the comparisons that agree too")
     option("--full", action="store_true", help="combine options; takes minutes")
     option("--dtype", action="append", choices=dtypes, help=only)
     backends = "of portable, native and auto (default: all that can be had without building)"
@@ -285,6 +289,7 @@ def _add_model(option: Callable[..., Any]) -> None:
     files = "write PREFIX-symbol.json and -0000.params"
     option("symbol", help="model-symbol.json")
     option("params", help="model-0000.params")
+    option("--all", action="store_true", help="list what went as it should too")
     option("--out", required=True, metavar="PREFIX", help=files)
     _add_shape(option)
 

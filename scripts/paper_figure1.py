@@ -6,17 +6,20 @@ import argparse
 import hashlib
 import json
 import math
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # imports take seconds: end at once, in silence
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for models
 
 import scratchbn
 from scratchbn import DeviceError, ScratchBatchNorm, resolve_device
-from scratchbn._command import Parser, fail, integer, positive
+from scratchbn._command import Parser, fail, guarded, integer, positive
 from scratchbn._text import table
 from scratchbn._writing import staged_folder, write_text
 from scratchbn.datasets import Dataset, DatasetError, load
@@ -347,4 +350,4 @@ def _draw_band(axes: Any, curve: Run, color: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded("paper_figure1.py", main))

@@ -31,7 +31,7 @@ NAME = "train_lenet.py"
 try:
     import scratchbn.train as training  # first: mxnet alone would serve in a server, not return
     from scratchbn import DeviceError, ScratchBatchNorm
-    from scratchbn._text import rich_table, table
+    from scratchbn._text import fitted, print_fitted, rich_table, terminal_width
     from scratchbn.datasets import Dataset, DatasetError, load
     from scratchbn.monitor import Monitor
     from scratchbn.parity import Report, compare
@@ -182,7 +182,7 @@ def look_inside(net: Any, pixels: Any, labels: Any) -> None:
         for record in monitor.records
     ]
     header = ["norm layer, least to largest channel", *(name.replace("_", " ") for name in names)]
-    print(table(header, rows) if rows else "no norm layers")
+    print(fitted(header, rows, terminal_width()) if rows else "no norm layers")
 
 
 def watch(run: Run, options: Namespace, say: Callable[[str], None]) -> Any:
@@ -252,7 +252,7 @@ def attempt(options: Namespace, arguments: Sequence[str], workers: Workers) -> i
 
 def train(options: Namespace, devices: list[Any], dataset: Dataset, workers: Workers) -> int:
     """Train, measure, write the files; return the exit status."""
-    say = partial(print, flush=True) if workers.rank == 0 else lambda line: None
+    say = print_fitted if workers.rank == 0 else lambda line: None
     images = prepare(dataset.train_images, dataset.train_labels, options.limit)
     test = prepare(dataset.test_images, dataset.test_labels, options.limit)
     counts = {"train": len(images[1]), "test": len(test[1])}
@@ -326,10 +326,9 @@ def train(options: Namespace, devices: list[Any], dataset: Dataset, workers: Wor
                     measured = [accuracy(net, images), accuracy(net, test)]
                 train_acc, test_acc = workers.gather("accuracy", measured)[0].tolist()
                 end = run.end_epoch(train_acc=train_acc, test_acc=test_acc)
-                say(
-                    f"epoch {epoch}  {run.name:<7}  loss {end['loss']:.4f}  train accuracy "
-                    f"{train_acc:.4f}  test accuracy {test_acc:.4f}  {end['seconds']:.1f} s"
-                )
+                accuracies = f"train accuracy {train_acc:.4f}  test accuracy {test_acc:.4f}"
+                taken = f"{end['seconds']:.{int(end['seconds'] < 10)}f} s"
+                say(f"epoch {epoch} {run.name:<7}  loss {end['loss']:.4f}  {accuracies}  {taken}")
 
         net = evaluated(runs[0])
         if workers.rank != 0:
@@ -372,6 +371,9 @@ def write_results(
         status = fail(NAME, 1, f"the cross-check {check.verdict}")
     if not exported <= EXPORT_TOLERANCE:
         status = fail(NAME, 1, f"an exported symbol differs from the net by {exported:.1e}")
+    if not status:
+        agreeing = "" if check is None else "a step in float64 is that of nn.BatchNorm, "
+        print_fitted(f"holds: {agreeing}the exported symbols agree with the net")
     return status
 
 

@@ -196,6 +196,11 @@ def take_step(subject, x, dy, *, record_train=True, backward_train=True, backwar
     )
 
 
+def untrained():
+    """Expect the warning of `freeze`, of statistics that are those of a new layer."""
+    return pytest.warns(UserWarning, match="these layers do not normalize")
+
+
 def forward_backward(net, data, head):
     """Take data that gets a gradient through a net in training and back; return the output."""
     data.attach_grad()

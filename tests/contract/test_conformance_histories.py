@@ -199,7 +199,8 @@ class History(RuleBasedStateMachine):
         # ReLU takes one kind of input only.
         if self.options["center"] and self.options["scale"] and not self.oracle.relu:
             self.forward_only(self.subject, seed, False, infer)
-        scratchbn.to_scratch(self.subject.net)
+        _, report = scratchbn.to_scratch(self.subject.net, report=True)
+        assert report.skipped == ()  # but a note, where beta is not 0 without center
         self.subject.layer = self.layer
         assert type(self.layer) is self.layer_class
 

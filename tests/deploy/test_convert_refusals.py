@@ -152,14 +152,16 @@ def test_command(to, rng, tmp_path, capsys):
     export(net, tmp_path / "net", rng, (2, 1, 16, 16), "float32")
     files = [str(tmp_path / "net-symbol.json"), str(tmp_path / "net-0000.params")]
     out = str(tmp_path / "out")
-    assert cli.main(["convert", *files, "--to", to, "--out", out]) == 0
+    assert cli.main(["convert", *files, "--to", to, "--out", out, "--all"]) == 0
     said = capsys.readouterr().out
     assert "3 converted, 0 skipped" in said
     assert f"now {LAYERS[to].__name__}" in said
     assert "give --shape data=" in said
     shape = ["--shape", "data=2,1,16,16"]
     assert cli.main(["convert", *files, "--to", to, "--out", out, *shape]) == 0
-    line = next(s for s in capsys.readouterr().out.splitlines() if s.startswith("largest"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "3 converted, 0 skipped (--all shows them)"
+    line = next(s for s in lines if s.startswith("largest"))
     difference, size = line.rpartition(": ")[2].split(", of ")
     assert float(difference) < 1e-5 * float(size)
     assert operators(mx.sym.load(f"{out}-symbol.json")).count("BatchNorm") == (

@@ -229,7 +229,7 @@ def model_files(rng, tmp_path):
 def test_command(model_files, tmp_path, capsys):
     out = str(tmp_path / "folded")
     shapes = ["--shape", "data=2,2,5,5", "--shape", "softmax_label=2"]
-    assert cli.main(["fold", *model_files, "--out", out, *shapes]) == 0
+    assert cli.main(["fold", *model_files, "--out", out, "--all", *shapes]) == 0
     printed = capsys.readouterr().out
     assert re.search("bn1 +folded into conv", printed)
     assert re.search(r"bn2 +1x1 depthwise Convolution +it follows relu \(Activation\)", printed)
@@ -245,6 +245,8 @@ def test_command_without_shapes(model_files, tmp_path, capsys):
     assert cli.main(["fold", *model_files, "--out", out, "--style", "affine"]) == 0
     printed = capsys.readouterr().out
     assert "not measured, give --shape data=N,C,..." in printed
+    assert "bn1" not in printed and "bn2" in printed, "what is folded is not listed"
+    assert printed.splitlines()[-1] == "1 folded, 1 kept (--all shows the folded ones)"
     assert f"\nwritten, in place of what was there: {out}-symbol.json, {out}-0000" in printed
     assert "broadcast_mul" in operators(out)
 

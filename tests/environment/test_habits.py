@@ -1,11 +1,13 @@
 """What the repository promises beside the code: one lint everywhere, one version, a citation."""
 
 import re
+import warnings
 
 import scratchbn.debiased
 import scratchbn.masked
 import scratchbn.variants
 
+import pytest
 import yaml
 from helpers import REPOSITORY
 
@@ -37,3 +39,12 @@ def test_names_in_the_changes_exist():
     assert len(layers) > 6
     rooms = (scratchbn, scratchbn.variants, scratchbn.masked, scratchbn.debiased)
     assert [name for name in layers if not any(hasattr(room, name) for room in rooms)] == []
+
+
+def test_a_warning_that_no_test_expects_is_a_fault():
+    with pytest.raises(UserWarning, match="ours"):
+        warnings.warn("ours", stacklevel=1)
+    with pytest.raises(UserWarning, match="unknown"):
+        warnings.warn_explicit("unknown", UserWarning, "block.py", 1, "mxnet.gluon.block")
+    known = "Cannot decide type for the following arguments. Consider"
+    warnings.warn_explicit(known, UserWarning, "block.py", 1, "mxnet.gluon.block")

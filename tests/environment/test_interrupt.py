@@ -29,6 +29,7 @@ COMMANDS = {
     "demo": ["-m", "scratchbn", "demo"],
     "train_lenet": ["scripts/train_lenet.py"],
     "export_model": ["scripts/export_model.py"],
+    "paper_figure1": ["scripts/paper_figure1.py"],
 }
 
 

@@ -1,6 +1,7 @@
 """The wheel and the source distribution: complete, well described, and of use on their own."""
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -17,6 +18,7 @@ from packaging.specifiers import SpecifierSet
 from terminal import in_terminal
 
 EXAMPLE = ["models/__init__.py", "models/_norm.py", "models/lenet.py", "scripts/train_lenet.py"]
+VERDICT = "float64 is that of nn.BatchNorm, the exported symbols agree with the net"
 MADE = {"PKG-INFO", "setup.cfg"}  # what building adds to a source distribution
 BUILD = """
 import sys
@@ -28,8 +30,8 @@ build_meta.build_wheel(out)
 
 
 def tracked():
-    """The files that git knows; None outside its work tree."""
-    git = ["git", "-C", str(REPOSITORY), "ls-files"]
+    """The files that git knows or would take; None outside its work tree."""
+    git = ["git", "-C", str(REPOSITORY), "ls-files", "-co", "--exclude-standard"]
     listed = subprocess.run(git, capture_output=True, text=True)
     if listed.returncode or not listed.stdout:
         return None
@@ -126,12 +128,13 @@ def test_the_wheel_is_the_package_and_its_example(wheel):
 
 
 def test_the_demo_trains_from_an_installed_wheel(installed, digits, tmp_path):
+    """In a narrow terminal, with a bar, and without a word of MXNet's."""
     home = tmp_path / "home"
     home.mkdir()
     options = ["--data", digits, "--epochs", "1", "--device", "cpu"]
     seen = in_terminal(
         [sys.executable, "-m", "scratchbn", "demo", *options],
-        80,
+        60,
         cwd=home,
         env={"HOME": str(home), "PYTHONPATH": str(installed), "SCRATCHBN_CACHE": str(home)},
     )
@@ -141,7 +144,11 @@ def test_the_demo_trains_from_an_installed_wheel(installed, digits, tmp_path):
     assert "written to scratchbn-demo" in seen.lines
     files = os.listdir(home / "scratchbn-demo")
     assert {"curves.png", "metrics.json", "lenet.params"} <= set(files)
-    last = seen.lines[seen.lines.index("next:") + 1 :]
+    assert "Cannot decide type" not in seen.text and "Traceback" not in seen.text
+    at = seen.lines.index("next:")
+    assert max(len(part) for part in re.split(r"[\r\n]", seen.text.split("next:")[0])) <= 60
+    assert re.sub(r"\s+", " ", "\n".join(seen.lines[at - 2 : at])).endswith(VERDICT)
+    last = seen.lines[at + 1 :]
     assert f"  read      {installed}/scratchbn/example/models/lenet.py" in last
     assert "to_scratch(net)" in last[-1]
 

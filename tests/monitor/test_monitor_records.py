@@ -14,7 +14,7 @@ from scratchbn.monitor import FIELDS, SATURATION, Monitor
 import mxnet as mx
 import numpy as np
 import pytest
-from helpers import BLOCK_MODES, array, in_mode
+from helpers import BLOCK_MODES, array, in_mode, untrained
 from monitored_nets import deep_net, kinds, modes, one_layer, train_step
 from mxnet import autograd, gluon
 from mxnet.gluon import nn
@@ -194,7 +194,8 @@ def test_only_training_steps_are_observed(device, rng):
 
 def test_frozen_layers_are_observed(device, rng):
     _, net = one_layer(ScratchBatchNorm, device, "hybrid")
-    freeze(net)
+    with untrained():
+        freeze(net)
     x = rng.normal(3, 1, (6, 4))
     with Monitor(net) as monitor:
         train_step(net, None, array(x, device, "float32"))

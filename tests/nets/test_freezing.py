@@ -9,7 +9,7 @@ from scratchbn import ScratchBatchNorm, freeze, unfreeze
 import mxnet as mx
 import numpy as np
 import pytest
-from helpers import array
+from helpers import array, untrained
 from mxnet import gluon
 from mxnet.gluon import nn
 from mxnet.gluon.contrib.nn import SyncBatchNorm
@@ -137,7 +137,8 @@ def test_a_layer_alone_can_be_frozen(device, layer_class):
 def test_a_copy_is_unfrozen_by_itself(device, rng, layer_class):
     net = ready(Residual(layer_class), device)
     net(array(rng.normal(size=SHAPE), device))
-    freeze(net, parameters=True)
+    with untrained():
+        freeze(net, parameters=True)
     copied = copy.deepcopy(net)
     unfreeze(copied)
     assert copied.first.gamma.grad_req == "write"
@@ -178,7 +179,8 @@ def test_synchronized_layers_freeze_too(device):
 
 def test_variants_freeze_too(device, rng):
     layer = ready(Variant(in_channels=3), device)
-    freeze(layer)
+    with untrained():
+        freeze(layer)
     train(layer, array(rng.normal(size=SHAPE), device))
     assert not layer.running_mean.data().asnumpy().any()
 

@@ -8,7 +8,7 @@ from scratchbn._net import norm_layers
 import mxnet as mx
 import numpy as np
 import pytest
-from helpers import MODES, array, in_mode
+from helpers import MODES, array, in_mode, untrained
 from mxnet import autograd, gluon
 from mxnet.gluon import SymbolBlock, nn
 from recalibrated_nets import (
@@ -62,7 +62,8 @@ def test_frozen_layers_are_left_alone(layer_class, device, rng):
     net = build_net(layer_class, device)
     parts = batches_of(rng, device)
     net(parts[0])
-    freeze(net[0])
+    with untrained():
+        freeze(net[0])
     before = states(net)
     recalibrate(net, parts)
     moved = changed(before, states(net))

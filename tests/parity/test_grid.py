@@ -151,7 +151,7 @@ def test_the_command_refuses_a_negative_seed(capsys):
     assert "must be at least 0, got '-1'" in capsys.readouterr().err
 
 
-def test_the_command_prints_a_rich_table_on_a_terminal(monkeypatch, capsys):
+def test_the_command_prints_on_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(parity, "standard_grid", few)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     assert cli.main(["parity"]) == 0
