@@ -23,7 +23,7 @@ def _write(**fields: Any) -> None:
 
 def pytest_sessionstart() -> None:
     """Let hypothesis not look for the simplest of the examples whose numbers are wrong."""
-    chosen = hypothesis.settings.default
+    chosen = hypothesis.settings()
     kept = [phase for phase in chosen.phases if phase.name not in ("shrink", "explain")]
     hypothesis.settings.register_profile("rehearsal", chosen, phases=kept)
     hypothesis.settings.load_profile("rehearsal")

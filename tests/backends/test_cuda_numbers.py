@@ -191,6 +191,15 @@ def test_bits_do_not_depend_on_which_block_is_the_last(operator, memory, monkeyp
     assert all((one == other).all() for one, other in zip(*results))
 
 
+def test_each_stream_counts_its_blocks_for_itself(operator):
+    """The driver's stand-in looks whether all counters are zero before and after each kernel."""
+    few, many = (1200, 128), (9, 48, 32, 16)
+    for stream, shape in ((0x61, few), (0x62, many), (0x61, many)):
+        memory = cuda_on_cpu.HostMemory()
+        memory.stream = stream
+        assert_close(errors_of_a_step(operator, memory, shape, 1, "float32"), "float32")
+
+
 def test_an_odd_element_costs_little(operator, memory):
     """Sums are measured from first elements: here they are far from all others."""
     x = np.random.default_rng(0).normal(size=(64, 3, 40)).astype("float32")

@@ -145,7 +145,7 @@ class Device {
     if (held.count < count) {
       const Driver& driver = Driver::get();
       const Current current(context_);
-      const size_t wanted = std::max({count, 2 * held.count, size_t(1024)});
+      const size_t wanted = std::max({count, 2 * held.count, size_t(16)});
       unsigned long long memory = 0;
       driver.require(driver.cuMemAlloc(&memory, wanted * sizeof(unsigned)), "cuMemAlloc");
       driver.require(driver.cuMemsetD8Async(memory, 0, wanted * sizeof(unsigned), stream),
