@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import subprocess
+from xml.etree import ElementTree
 
 import scratchbn
 
@@ -120,6 +121,25 @@ def test_the_notebook_is_a_page_with_described_pictures():
     assert all(len(described) > 30 for described in shown)
     for cell in cells:
         assert "".join(cell["source"]) in text
+
+
+def test_pictures_of_pages_are_described():
+    pages = [REPOSITORY / "README.md", *DOCS.rglob("*.md")]
+    shown = [m for p in pages for m in re.findall(r"!\[(.*?)\]\((.+?)\)", p.read_text("utf-8"))]
+    assert len(shown) >= 6
+    assert [file for words, file in shown if len(words) < 30] == []
+
+
+@pytest.mark.parametrize("file", sorted(DOCS.glob("*.svg")), ids=lambda file: file.name)
+def test_drawings_stand_alone(file):
+    """They have a title, a width that pages show, a ground of their own, and load nothing."""
+    root = ElementTree.parse(file).getroot()
+    space = "{http://www.w3.org/2000/svg}"
+    assert root.find(f"{space}title").text
+    assert root.get("width") == "830" and root.get("viewBox").startswith("0 0 830 ")
+    ground = root.find(f"{space}rect")
+    assert (ground.get("width"), ground.get("fill")) == ("830", "#fff")
+    assert "href" not in file.read_text("utf-8")
 
 
 @pytest.mark.parametrize("python", ["3.9", "3.10", "3.11"])
