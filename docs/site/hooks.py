@@ -45,7 +45,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Rewrite the links of the pages in docs/."""
+    """Rewrite the links of the pages in docs/, and give the widest table room."""
+    if page.file.src_uri == "builtin-defects.md":
+        page.meta["hide"] = ["toc"]
     if page.file.generated_by is not None:
         return markdown
     return linked_on_site(markdown, f"docs/{page.file.src_uri}")
