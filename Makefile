@@ -4,6 +4,7 @@ SHELL := /bin/bash
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS := .venv-docs
 
 # PYTHON is the interpreter that was named, else what the environment is made with, else the first
 # that MXNet 1.9.1 can use. An environment of another version is made anew.
@@ -19,7 +20,7 @@ else
 endif
 STALE := $(if $(filter-out $(WANTED),$(HAS))$(filter-out $(HAS),$(WANTED)),rebuild)
 
-.PHONY: help train test test-cu112 rehearse-gpu gpu-kit parity notebook bench lint check essentials sanitize soak pythons other-pythons clean lock rebuild
+.PHONY: help train test test-cu112 rehearse-gpu gpu-kit parity notebook docs bench lint check essentials sanitize soak pythons other-pythons clean lock rebuild
 .DELETE_ON_ERROR:
 
 # With ARGS="--device gpu" in .venv-cu112, which `make test-cu112` makes too.
@@ -44,6 +45,10 @@ parity: $(READY)
 # Run the notebook of docs/learn and save it with its outputs.
 notebook: $(READY)
 	$(BIN)/python scripts/run_notebook.py $(ARGS)
+
+# The documentation as a site, build/docs/index.html; needs neither MXNet nor, when built, a network.
+docs: $(DOCS)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet -f docs/site/mkdocs.yml
 
 # Speed and memory against the built-in; results in ARGS="--out DIRECTORY".
 bench: $(READY)
@@ -97,12 +102,23 @@ $(READY): requirements.lock pyproject.toml $(STALE)
 	@$(BIN)/python -m scratchbn doctor > $(VENV)/doctor.txt || { cat $(VENV)/doctor.txt >&2; exit 1; }
 	@touch $@
 
+$(DOCS)/.ready: docs/site/requirements.lock
+	@$(PYTHON) -c '$(RIGHT)' || \
+	  { echo "no Python 3.9 to 3.11 as '$(PYTHON)': name one with 'make PYTHON=...'" >&2; exit 1; }
+	@$(PYTHON) -m venv --clear $(DOCS)
+	@$(DOCS)/bin/python scripts/install.py docs/site/requirements.lock
+	@touch $@
+
 # The versions that `make` installs, for each Python; after a change of dependencies in pyproject.toml.
 lock: $(READY)
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.9 --quiet \
 	  --no-python-downloads --no-annotate --no-header --no-emit-index-url --no-emit-find-links \
 	  -o requirements.lock
+	$(BIN)/uv pip compile pyproject.toml --extra docs --no-emit-package numpy --fork-strategy fewest \
+	  --universal --python-version 3.9 --quiet \
+	  --no-python-downloads --no-annotate --no-header --no-emit-index-url --no-emit-find-links \
+	  -o docs/site/requirements.lock
 
 # `make lint check` on every Python of 3.9 to 3.11 that is found, each in an environment of its own.
 pythons: $(READY)
