@@ -2,8 +2,9 @@
 
 from types import SimpleNamespace
 
-import pytest
 from scratchbn.train.plot import plot
+
+import pytest
 
 
 def finished(name, epochs):
