@@ -4,6 +4,7 @@ SHELL := /bin/bash
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS := .venv-docs
 
 # PYTHON is the interpreter that was named, else what the environment is made with, else the first
 # that MXNet 1.9.1 can use. An environment of another version is made anew.
@@ -19,7 +20,7 @@ else
 endif
 STALE := $(if $(filter-out $(WANTED),$(HAS))$(filter-out $(HAS),$(WANTED)),rebuild)
 
-.PHONY: help train test test-cu112 rehearse-gpu gpu-kit parity notebook bench lint check sanitize soak pythons clean lock rebuild
+.PHONY: help train test test-cu112 rehearse-gpu gpu-kit parity notebook docs bench lint check essentials sanitize soak pythons other-pythons clean lock rebuild
 .DELETE_ON_ERROR:
 
 # With ARGS="--device gpu" in .venv-cu112, which `make test-cu112` makes too.
@@ -30,7 +31,8 @@ train: $(READY)
 	$(BIN)/python $(if $(ON_GPU),scripts/suite_on_cu112.py --run )scripts/train_lenet.py $(ARGS)
 
 # Linters, types, tests, and the examples in the documentation; PYTHON=python3.9 for another Python.
-test: lint check
+# With CI=true, what is most likely to break on the other Pythons too.
+test: lint check $(if $(CI),other-pythons)
 
 # The tests alone; ARGS="-k words" for some of them.
 check: $(READY)
@@ -43,6 +45,10 @@ parity: $(READY)
 # Run the notebook of docs/learn and save it with its outputs.
 notebook: $(READY)
 	$(BIN)/python scripts/run_notebook.py $(ARGS)
+
+# The documentation as a site, build/docs/index.html; needs neither MXNet nor, when built, a network.
+docs: $(DOCS)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet -f docs/site/mkdocs.yml
 
 # Speed and memory against the built-in; results in ARGS="--out DIRECTORY".
 bench: $(READY)
@@ -91,9 +97,16 @@ $(READY): requirements.lock pyproject.toml $(STALE)
 	@$(PYTHON) -m venv $(if $(STALE),--clear) $(VENV) || \
 	  { echo "no venv module; on Debian: apt-get install python3-venv" >&2; exit 1; }
 	@$(BIN)/python scripts/install.py
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@flock pyproject.toml $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@$(BIN)/python -m scratchbn build-native || echo "without the compiled kernel everything works, slower"
 	@$(BIN)/python -m scratchbn doctor > $(VENV)/doctor.txt || { cat $(VENV)/doctor.txt >&2; exit 1; }
+	@touch $@
+
+$(DOCS)/.ready: docs/site/requirements.lock
+	@$(PYTHON) -c '$(RIGHT)' || \
+	  { echo "no Python 3.9 to 3.11 as '$(PYTHON)': name one with 'make PYTHON=...'" >&2; exit 1; }
+	@$(PYTHON) -m venv --clear $(DOCS)
+	@$(DOCS)/bin/python scripts/install.py docs/site/requirements.lock
 	@touch $@
 
 # The versions that `make` installs, for each Python; after a change of dependencies in pyproject.toml.
@@ -102,21 +115,30 @@ lock: $(READY)
 	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.9 --quiet \
 	  --no-python-downloads --no-annotate --no-header --no-emit-index-url --no-emit-find-links \
 	  -o requirements.lock
+	$(BIN)/uv pip compile pyproject.toml --extra docs --no-emit-package numpy --fork-strategy fewest \
+	  --universal --python-version 3.9 --quiet \
+	  --no-python-downloads --no-annotate --no-header --no-emit-index-url --no-emit-find-links \
+	  -o docs/site/requirements.lock
 
-# `make test` on every Python of 3.9 to 3.11 that is found, each in an environment of its own.
-pythons:
-	@for version in 3.9 3.10 3.11; do \
-	  if python$$version -c '$(RIGHT)' 2>/dev/null; then \
-	    $(MAKE) --no-print-directory test PYTHON=python$$version VENV=.venv-$$version || exit 1; \
-	  else echo "python$$version: not here"; fi; \
-	done
+# `make lint check` on every Python of 3.9 to 3.11 that is found, each in an environment of its own.
+pythons: $(READY)
+	$(BIN)/python scripts/pythons.py lint check
+
+# Types and the layers' tests on the other Pythons of 3.9 to 3.11 that are found.
+other-pythons: $(READY)
+	$(BIN)/python scripts/pythons.py --others --jobs 2 essentials
+
+# Types and the layers' tests.
+essentials: $(READY)
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/layer $(ARGS)
 
 # This list.
 help:
 	@width=999; [ -t 1 ] && width=$$(tput cols 2>/dev/null || echo 80); \
 	awk -v width=$$width '/^#/ { text = text substr($$0, 2); next } \
-	  /^[a-z][a-z0-9-]*:/ { sub(":.*", ""); line = sprintf("make %-12s", $$0); n = split(text, word, " "); \
-	    for (i = 1; i <= n; i++) { if (length(line word[i]) >= width) { print line; line = sprintf("%17s", "") } \
+	  /^[a-z][a-z0-9-]*:/ { sub(":.*", ""); line = sprintf("make %-14s", $$0); n = split(text, word, " "); \
+	    for (i = 1; i <= n; i++) { if (length(line word[i]) >= width) { print line; line = sprintf("%19s", "") } \
 	      line = line " " word[i] } \
 	    print line } { text = "" }' Makefile
 

@@ -72,8 +72,8 @@ def pure_batch_norm(x: Array, gamma: Array, beta: Array, epsilon: float = 1e-5) 
 # next to a mean of 1e5 a float32 has two digits left. So a mean is held in two floats, high + low:
 # `high` is the mean as one float can hold it, x - high is exact where it matters, and `low` is the
 # mean of that, what rounding lost. A `view` says how the elements of x belong to the channels:
-# `view.values` is x as a matrix, `view.mean` is the paper's 1/m sum, `view.broadcast` writes a
-# value per channel beside each element.
+# `view.values` is x with its channels apart, `view.mean` is the paper's 1/m sum, `view.broadcast`
+# writes a value per channel beside each element.
 
 
 class Statistics(NamedTuple):
@@ -83,7 +83,7 @@ class Statistics(NamedTuple):
     ----------
     mean, variance : NDArray or Symbol, shape (C,)
         Of the batch, or the running ones.
-    centred : NDArray or Symbol, shape (L, C * S)
+    centred : NDArray or Symbol, shaped as ``view.values`` is
         ``x - high``, the batch minus the high part of the mean.
     low : NDArray or Symbol, shape (C,)
         ``mean - high``, the low part of the mean.
@@ -96,7 +96,7 @@ class Statistics(NamedTuple):
 
 
 def batch_mean(view: ChannelView, values: Array) -> Array:
-    """Algorithm 1, line 1: ``mu = 1/m sum(x_i)``, of a matrix, shape (L, C * S); shape (C,)."""
+    """Algorithm 1, line 1: ``mu = 1/m sum(x_i)``, of what is like ``view.values``; shape (C,)."""
     return view.mean(values)
 
 
@@ -153,7 +153,7 @@ def inverse_std(F: Any, variance: Array, epsilon: float) -> Array:
 def scale_and_shift(
     F: Any, view: ChannelView, batch: Statistics, gamma: Array, beta: Array, epsilon: float
 ) -> Array:
-    """Algorithm 1, lines 3 and 4: ``y_i = gamma xhat_i + beta``; shape (L, C * S).
+    """Algorithm 1, lines 3 and 4: ``y_i = gamma xhat_i + beta``; like ``view.values``.
 
     ``gamma / sqrt(sigma^2 + epsilon)`` is one number per channel and comes first, so that the
     elements are multiplied once; the low part of mu is subtracted with beta::

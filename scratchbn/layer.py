@@ -331,8 +331,8 @@ class ScratchBatchNorm(HybridBlock):
     ) -> Array:
         """Normalize, scale and shift; a variant may override it.
 
-        `batch` is what :meth:`statistics` returned; `gamma` and `beta` have shape (C,). Returns a
-        matrix, shape (L, C * S), as ``view.values`` is.
+        `batch` is what :meth:`statistics` returned; `gamma` and `beta` have shape (C,). Returns an
+        array that is shaped as ``view.values`` is.
         """
         return functional.scale_and_shift(F, view, batch, gamma, beta, epsilon)
 

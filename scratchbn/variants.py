@@ -31,6 +31,7 @@ class _Chunks(ChannelView):
 
     def __init__(self, F: Any, view: ChannelView, size: int) -> None:
         self.__dict__.update(vars(view))
+        self._be_matrix()
         row, sample = (distinct(F.contrib.arange_like(v, axis=0)) for v in (self.values, self.x))
         length = F.broadcast_div(*(self._count(F.ones_like(v)) for v in (row, sample)))  # (1, 1)
         first = F.slice(sample, begin=(0,), end=(None,), step=(size,)).reshape((-1, 1))

@@ -30,8 +30,10 @@ from tqdm import tqdm
 FILES = ("benchmark.json", "benchmark.md", "benchmark.png")
 
 _ALL_NETS = (*NETS, *LAYOUTS)
-_QUICK_NETS = ("lenet", "mlp", *LAYOUTS)
-_EFFORT, _QUICK_EFFORT = (6.0, 0.02), (1.0, 0.005)  # seconds of a group, of a sample at least
+_QUICK_NETS = ("lenet", "mlp", "layer_nchw")
+_QUICK_WORKS = ("train", "inference")
+_QUICK_ENTRIES = ("control", "none", "portable", "native", "auto")
+_EFFORT, _QUICK_EFFORT = (6.0, 0.02), (0.5, 0.005)  # seconds of a group, of a sample at least
 
 _DESCRIPTION = """\
 Time nets with our layer, with nn.BatchNorm and with none, side by side.
@@ -75,13 +77,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     nets = f"which of {', '.join(_ALL_NETS)} (default: all; with --quick {', '.join(_QUICK_NETS)})"
-    entries = "which entries, see below (default: all that can run here)"
-    works = "which of train, inference and folded (default: all)"
+    entries = (
+        "which entries, see below (default: all that can run here; with --quick "
+        f"{', '.join(_QUICK_ENTRIES)})"
+    )
+    works = f"which of {', '.join(WORKS)} (default: all; with --quick {', '.join(_QUICK_WORKS)})"
     add("--nets", nargs="+", choices=_ALL_NETS, metavar="NET", help=nets)
     add("--entries", nargs="+", choices=ENTRIES, metavar="ENTRY", help=entries)
     batch = "sizes of batch for the nets (default: each its own)"
     add("--batch", nargs="+", type=integer(1), metavar="N", help=batch)
-    add("--work", nargs="+", choices=WORKS, default=list(WORKS), metavar="WORK", help=works)
+    add("--work", nargs="+", choices=WORKS, metavar="WORK", help=works)
     eager = "do not hybridize: nets and layers as they run live, without folded work and memory"
     add("--eager", action="store_true", help=eager)
     effort = parser.add_mutually_exclusive_group()
@@ -91,7 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     effort.add_argument("--seconds", type=positive, help=seconds)
     effort.add_argument("--rounds", type=integer(1), help="rounds, instead of seconds")
-    quick = "a look in under a minute: few nets, small layers, short samples, no memory"
+    quick = "a look in under a minute: few nets and entries, small layers, short samples, no memory"
     add("--quick", action="store_true", help=quick)
     peak = "measure peak memory in training (default: on, but for --quick and --eager)"
     add("--memory", action=argparse.BooleanOptionalAction, default=None, help=peak)
@@ -126,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.profile:
             net, entry = options.profile
             plan.runnable([net], {entry}, options.profile)
-            print(operators.profile(net, entry, options.work[0]), flush=True)
+            print(operators.profile(net, entry, (options.work or WORKS)[0]), flush=True)
             return 0
         report = _measure(options, arguments)
     except (OSError, TorchError, ValueError) as error:
@@ -153,9 +158,11 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
 
 def _measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
     """Measure what can run here of what was asked for."""
+    quick = options.quick
+    works = options.work or (_QUICK_WORKS if quick else WORKS)
     nets, entries, notes = plan.runnable(
-        options.nets or (_QUICK_NETS if options.quick else _ALL_NETS),
-        {REFERENCE, *(options.entries or ENTRIES)},
+        options.nets or (_QUICK_NETS if quick else _ALL_NETS),
+        {REFERENCE, *(options.entries or (_QUICK_ENTRIES if quick else ENTRIES))},
         [*(options.nets or ()), *(options.entries or ())],
     )
     options.out.mkdir(parents=True, exist_ok=True)
@@ -163,10 +170,8 @@ def _measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
         raise ValueError(f"argument --out: {str(options.out)!r} is not writable")
     command = shlex.join(["python", "scripts/benchmark.py", *arguments])
     report = Report(command, machine.describe(), machine.versions(), notes=notes)
-    groups = plan.groups(
-        nets, options.work, options.quick, report.notes, options.batch, options.eager
-    )
-    seconds, sample_seconds = _QUICK_EFFORT if options.quick else _EFFORT
+    groups = plan.groups(nets, works, quick, report.notes, options.batch, options.eager)
+    seconds, sample_seconds = _QUICK_EFFORT if quick else _EFFORT
     effort = Effort(options.seconds or seconds, options.rounds, sample_seconds)
     python = (options.torch_python or sys.executable) if options.against else ""
     with contextlib.ExitStack() as stack:
@@ -179,7 +184,7 @@ def _measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
             report.groups.append(group)
             for name, problem in group.problems.items():
                 report.notes.append(f"{net.title}, {work}: {name} fails: {problem}")
-    without = options.quick or options.eager
+    without = quick or options.eager
     if not without if options.memory is None else options.memory:
         measured = [NETS[name] for name in nets if name in NETS]
         report.memory, failed = memory.measure_memory(measured, entries, python)

@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LOCK = Path(__file__).resolve().parent.parent / "requirements.lock"
+# The lock names every package; modules are compiled when they are first imported.
 PIP = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check"]
+PIP += ["--no-deps", "--no-compile"]
 
 
 def collected(lines: Iterator[str]) -> Iterator[str]:
@@ -35,7 +37,7 @@ def install(lock: Path) -> int:
     """Install what a lock file names; return pip's exit status."""
     total = sum(1 for line in lock.read_text().splitlines() if line[:1] not in ("", "#"))
     began, last, shown = time.monotonic(), deque[str](maxlen=30), sys.stdout.isatty()
-    print("installing the packages of requirements.lock: minutes, on a first time", flush=True)
+    print(f"installing the packages of {lock.name}: minutes, on a first time", flush=True)
     with subprocess.Popen(
         [*PIP, "--progress-bar", "off", "-r", str(lock)],
         stdout=subprocess.PIPE,
@@ -59,6 +61,6 @@ def install(lock: Path) -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(install(LOCK))
+        sys.exit(install(Path(sys.argv[1]) if sys.argv[1:] else LOCK))
     except KeyboardInterrupt:
         sys.exit(130)

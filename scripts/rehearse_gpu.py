@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from scratchbn._command import Parser, fail, integer
@@ -104,6 +104,12 @@ def rehearse(
         def finished(_: object) -> None:
             bar.update()
 
+        def tested_file(testing: Future[suite.Outcome]) -> None:
+            bar.update()
+            if not testing.exception():
+                for broken in testing.result().broken:  # at once: the whole list takes an hour
+                    bar.write(f"broken: {' '.join(broken.split())[:300]}")
+
         asked = [
             (backend, pool.submit(question, checks.Stage(environment, backend)))
             for backend in backends
@@ -117,7 +123,7 @@ def rehearse(
         for _, asking in asked:
             asking.add_done_callback(finished)
         for _, testing in tested:
-            testing.add_done_callback(finished)
+            testing.add_done_callback(tested_file)
         for backend, future in asked:
             for finding in future.result():
                 result = f"{len(finding.problems)} problems" if finding.problems else "ok"

@@ -141,7 +141,13 @@ def check_inference(actual, expected):
 
 def initialized(case, device, x, norm_layer=nn.BatchNorm):
     net = case.build(norm_layer)
-    net.initialize(mx.init.Xavier(magnitude=2), ctx=device)
+    initialize(net, device, mx.init.Xavier(magnitude=2))
     net.cast("float64")
     net(array(x, device))
     return net
+
+
+def initialize(net, device, *how):
+    """Initialize a net on a device, with what GluonCV initialized on a CPU as it built the net."""
+    net.initialize(*how, ctx=device)
+    net.collect_params().reset_ctx(device)

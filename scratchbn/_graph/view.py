@@ -1,4 +1,4 @@
-"""An array of any rank as a matrix with its channels side by side."""
+"""An array of any rank with its channels apart."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from .state import alike
 
 
 class ChannelView:
-    """An array of any rank seen as a matrix: a row per sample, the channels side by side.
+    """An array of any rank seen as one of rank 2 or 3, with its channels apart.
 
-    With L positions before the channel axis and S after it, `values` has shape (L, C * S), and
-    each channel has m = L * S elements. The two maps between elements and channels, `mean` and
-    `broadcast`, are products with rows and columns of ones: matrix products are the fastest
-    reductions and broadcasts that MXNet has on a CPU, forward and backward, by an order of
-    magnitude.
+    With L positions before the channel axis and S after it, each channel has m = L * S elements.
+    `values` has shape (L, C * S), a row per sample and the channels side by side. A graph outside
+    of np_shape sees (L, C, S), which takes fewer nodes: `dot` multiplies arrays of any rank. The
+    two maps between elements and channels, `mean` and `broadcast`, are products with rows and
+    columns of ones: matrix products are the fastest reductions and broadcasts that MXNet has on a
+    CPU, forward and backward, by an order of magnitude.
 
     Parameters
     ----------
@@ -34,7 +35,7 @@ class ChannelView:
     ----------
     x : NDArray or Symbol
         The array itself.
-    values : NDArray or Symbol, shape (L, C * S)
+    values : NDArray or Symbol, shape (L, C * S) or (L, C, S)
         The elements of `x`.
     m : NDArray or Symbol, shape (1,)
         How many elements a channel has; 0 in an empty batch.
@@ -42,10 +43,12 @@ class ChannelView:
 
     values: Array
     m: Array
+    _has_rank_3 = False
 
     def __init__(self, F: Any, x: Array, axis: int) -> None:
         self._F = F
         self.x = x
+        self._axis = axis
         if is_symbol(x):
             self._infer(axis)
         else:
@@ -65,20 +68,19 @@ class ChannelView:
     def _infer(self, axis: int) -> None:
         """Let a graph find the lengths when it runs: no rank and no length is known now."""
         F = self._F
-        # Of rank 2 at least, else there is an error when shapes are known.
         if mx.util.is_np_shape():
-            at_least_rank_2 = alone_of_any_rank(F, self.x)
-        else:
-            at_least_rank_2 = self.x.reshape(shape=(0, 0, -2))
-        self._samples = _channels_second(F, distinct(at_least_rank_2), axis)
-        self.values = self._samples.flatten()
-        if mx.util.is_np_shape():
+            self._samples = _channels_second(F, distinct(alone_of_any_rank(F, self.x)), axis)
             # A copy in plain layout: batch_dot fails on what oneDNN laid out in five dimensions.
-            self.values = F.stack(self.values, axis=1).flatten()
-        by_channel = self._by_channel(_ones_along(F, self.values, 1))
-        self._any_C = _ones_along(F, by_channel, 0)
+            self.values = F.stack(self._samples.flatten(), axis=1).flatten()
+            by_channel = self._by_channel(_ones_along(F, self.values, 1))
+            channels, positions = (_ones_along(F, by_channel, axis) for axis in (0, 1))
+        else:
+            self._has_rank_3 = True
+            self._samples_first = axis == -1 or _is_dense(self.x)
+            self._samples = self.values = _channels_in_the_middle(F, self.x, axis)
+            channels, positions = (_ones_along(F, self.values, axis) for axis in (1, 2))
+        self._any_C, self._ones_S = channels, positions.reshape((1, -1))
         self._ones_L = _ones_along(F, self.values, 0).reshape((1, -1))
-        self._ones_S = _ones_along(F, by_channel, 1).reshape((1, -1))
         # Not F.sum, which on a GPU divides by a length of 0.
         L, S = (self._product(v, v, transpose_b=True) for v in (self._ones_L, self._ones_S))
         self.m = F.BlockGrad(F.elemwise_mul(L, S).reshape((-1,)))
@@ -103,39 +105,76 @@ class ChannelView:
         first, rest = {"lhs_begin": 0, "lhs_end": 1}, {"rhs_begin": 1, "rhs_end": None}
         return self._F.reshape_like(row.reshape((-1,)), self._samples, **first, **rest).flatten()
 
+    def _be_matrix(self) -> None:
+        """See a symbol as of shape (L, C * S), for a view that multiplies matrices."""
+        if self._has_rank_3:
+            self._has_rank_3 = False
+            # From x itself: MXNet cannot reorder three axes of what oneDNN laid out in five.
+            self._samples = _channels_second(self._F, _at_least_rank_2(self.x), self._axis)
+            self.values = self._samples.flatten()
+
     def shaped(self, vector: Array) -> Array:
         """Return `vector`; a graph infers from this that its shape is (C,)."""
         return alike(self._F, vector, self._any_C) if is_symbol(vector) else vector
 
-    def mean(self, matrix: Array) -> Array:
-        """Average a matrix, shape (L, C * S), over each channel; shape (C,). Of nothing it is 0."""
-        F = self._F
-        row = self._product(self._ones_L, matrix)
-        total = self._product(self._by_channel(row), self._ones_S, transpose_b=True)
+    def mean(self, values: Array) -> Array:
+        """Average what is like `values` over each channel; shape (C,). Of nothing it is 0."""
+        F, L, S = self._F, self._ones_L, self._ones_S
+        if not self._has_rank_3:
+            row = self._by_channel(self._product(L, values))
+            total = self._product(row, S, transpose_b=True)
+        elif self._samples_first:
+            total = F.dot(F.dot(L, values), S, transpose_b=True)
+        else:
+            total = F.dot(L, F.dot(values, S, transpose_b=True))
         return F.broadcast_div(total.reshape((-1,)), self._divisor)
 
     def broadcast(self, vector: Array) -> Array:
-        """Write a value per channel, shape (C,), beside each element; shape (L, C * S)."""
-        by_channel = self._product(vector.reshape((-1, 1)), self._ones_S)
-        return self._product(self._ones_L, by_channel.reshape((1, -1)), transpose_a=True)
+        """Write a value per channel, shape (C,), beside each element; shaped as `values` is."""
+        F, L, S = self._F, self._ones_L, self._ones_S
+        if not self._has_rank_3:
+            row = self._product(vector.reshape((-1, 1)), S).reshape((1, -1))
+            return self._product(L, row, transpose_a=True)
+        table = vector.reshape((1, -1, 1))
+        if self._samples_first:
+            return F.dot(L, F.dot(table, S), transpose_a=True)
+        return F.dot(F.dot(L, table, transpose_a=True), S)
 
-    def reshape_back(self, matrix: Array, attributes: Mapping[str, str] | None = None) -> Array:
-        """Give a matrix, shape (L, C * S), the shape of `x` again, in memory of its own.
+    def reshape_back(self, values: Array, attributes: Mapping[str, str] | None = None) -> Array:
+        """Give what is like `values` the shape of `x` again, in memory of its own.
 
         In a graph the last node gets the `attributes`.
         """
-        if is_symbol(matrix):
-            return self._F.reshape_like(matrix, self.x, attr=dict(attributes or {}))
-        if not matrix.size:
-            return matrix.reshape_like(self.x)
+        if is_symbol(values):
+            return self._F.reshape_like(values, self.x, attr=dict(attributes or {}))
+        if not values.size:
+            return values.reshape_like(self.x)
         # Not NDArray.reshape, which shares memory: max pooling behind such a view computes its
         # gradient from a workspace that it never wrote (docs/builtin-defects.md).
-        return self._F.reshape(matrix, shape=self.x.shape)
+        return self._F.reshape(values, shape=self.x.shape)
 
 
-def _ones_along(F: Any, matrix: Array, axis: int) -> Array:
+def _ones_along(F: Any, values: Array, axis: int) -> Array:
     """Return ones, as many as a symbol's axis is long, in its dtype."""
-    return F.contrib.arange_like(matrix, axis=axis, start=1.0, step=0.0)
+    return F.contrib.arange_like(values, axis=axis, start=1.0, step=0.0)
+
+
+def _is_dense(x: Array) -> bool:
+    """Tell whether a symbol is known to have rank 2. A hint: either order of products is right."""
+    attributes = x.list_attr()
+    return "num_hidden" in attributes and attributes.get("flatten", "True") == "True"
+
+
+def _channels_in_the_middle(F: Any, x: Array, axis: int) -> Array:
+    """Merge the axes of a symbol to (L, C, S), whatever its rank; an error if it is 1."""
+    if axis == 1:
+        return distinct(x.reshape(shape=(0, 0, -1)))
+    return _channels_second(F, _at_least_rank_2(x), axis).reshape(shape=(0, 0, -1))
+
+
+def _at_least_rank_2(x: Array) -> Array:
+    """Return a symbol itself; there is an error, when shapes are known, if its rank is 1."""
+    return distinct(x.reshape(shape=(0, 0, -2)))
 
 
 def _channels_second(F: Any, x: Array, axis: int) -> Array:

@@ -6,14 +6,30 @@ between the two; and the identity that keeps the operator's gradient from overwr
 others is not needed where there are no others. In a graph that only infers there is no gradient
 and no mode to ask for. Names, files and what a block remembers are those of the graph as it was
 traced.
+
+What oneDNN laid out is put in plain order once, before the operator. Else MXNet does it in the
+forward and again in the backward, and each executor keeps its copy until its next run.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import mxnet as mx
+
 from .._graph.nodes import Graph, Node, Output
 from ..native import OPERATOR
+
+# What may put out an array in a layout of oneDNN's own.
+_ONEDNN = {
+    "Convolution",
+    "Deconvolution",
+    "Pooling",
+    "Activation",
+    "Concat",
+    "elemwise_add",
+    "add_n",
+}
 
 
 def leaner(symbol: Any) -> Any | None:
@@ -21,11 +37,15 @@ def leaner(symbol: Any) -> Any | None:
     graph = Graph(symbol, amp_casts=True)
     found = _merge_relus(graph)
     uses = graph.uses()
-    for node in graph.nodes():
+    for number, node in enumerate(graph.nodes()):
         if node.op == OPERATOR:
             source = node.inputs[0].node
             if source.op == "_copy" and uses[source] == 1 and _is_alone(source.inputs[0], uses):
                 node.inputs[0] = source.inputs[0]
+                found = True
+            if _may_be_blocked(node.inputs[0], uses):
+                plain = Node("Reshape", f"norm{number}_plain", {"shape": "(-2,)"}, node.inputs[:1])
+                node.inputs[0] = Output(plain)
                 found = True
     if not found:
         return None
@@ -79,6 +99,12 @@ def _merge_relus(graph: Graph) -> bool:
 
 def _behind_identity(source: Output) -> Output:
     return source.node.inputs[0] if source.node.op == "_copy" else source
+
+
+def _may_be_blocked(source: Output, uses: Any) -> bool:
+    """Tell whether oneDNN may have laid out an output, and a GPU would copy nothing."""
+    computed = _behind_identity(source).node
+    return computed.op in _ONEDNN and (uses[source.node] == 1 or not mx.context.num_gpus())
 
 
 def _is_alone(source: Output, uses: Any) -> bool:

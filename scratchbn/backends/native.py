@@ -59,16 +59,34 @@ def _now(F: Any, x: Array, state: State, may_train: bool, **options: Any) -> Arr
 
 
 def _in_graph(F: Any, x: Array, state: State, may_train: bool, **options: Any) -> Array:
+    on_gpu = _on_gpu(x)
     # Each identity of its own: MXNet merges equal nodes, and adds many gradients in place.
-    inputs = [F.identity(v, attr=_distinct()) for v in (x, state.gamma, state.beta)]
-    flag = _flag(F, may_train, shared=_on_gpu(x))
+    x = F.identity(x, attr=_distinct())
+    gamma, beta = _copies(F, state.gamma, state.beta, at_once=on_gpu)
+    flag = _flag(F, may_train, shared=on_gpu)
     before = written(state.running_mean)
     if before is not None:  # a layer that is called twice writes in the order of the calls
-        flag = depend(F, flag, F.cast(F.slice_axis(before, 0, 0, 1), "float32"))
+        if on_gpu:  # where each operator is a launch, but for those that move nothing
+            beta = alike(F, beta, before)
+        else:
+            flag = depend(F, flag, F.cast(F.slice_axis(before, 0, 0, 1), "float32"))
+    inputs = [x, gamma, beta]
     y, done = _operator(F, inputs, state, flag, options)
     for variable in state.moving:
         remember(variable, alike(F, variable, done), done)
     return y
+
+
+def _copies(F: Any, gamma: Array, beta: Array, at_once: bool) -> list[Array]:
+    """Return copies of two Parameters, which take their gradients in whatever way is asked for.
+
+    A GPU can make both by one launch, and by one hand both gradients on: fusion, which leaves
+    single operators alone, makes a kernel of the two of these.
+    """
+    if not at_once:
+        return [F.identity(v, attr=_distinct()) for v in (gamma, beta)]
+    gamma, beta = F.amp_multicast(gamma, beta, num_outputs=2, attr=_distinct())
+    return [F.identity(gamma, attr=_distinct()), beta]
 
 
 def _flag(F: Any, may_train: bool, shared: bool) -> Array:

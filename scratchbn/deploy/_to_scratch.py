@@ -15,6 +15,7 @@ from mxnet.gluon import Block
 from .._conversion_report import ConversionReport, Entry
 from .._graph.nodes import Graph, Node, Output
 from .._net import BATCH_NORM_OPERATORS
+from ..backends import use_backend
 from ..backends.marker import KEY as MARKER
 from ..layer import ScratchBatchNorm, ScratchBatchNormReLU
 from ._inference import infer_types
@@ -157,7 +158,9 @@ def graft(graph: Graph, calls: list[Call]) -> None:
     if not calls:
         return
     stand_ins = [mx.sym.var(f"input{i} of a call") for i in range(len(calls))]
-    with autograd.pause(), mx.name.NameManager(), mx.util.np_array(False):
+    # A file has stock operators, whichever backend was chosen.
+    plainly = use_backend("portable")
+    with autograd.pause(), mx.name.NameManager(), mx.util.np_array(False), plainly:
         traced = Graph(mx.sym.Group(_Calls(calls)(*stand_ins)))
     replacements = {Output(call.node): head for call, head in zip(calls, traced.heads)}
     inputs: dict[str, Output] = {}

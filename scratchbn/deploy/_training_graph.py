@@ -5,7 +5,7 @@ The other side is ``scratchbn._graph``, which builds that graph. What is said he
 ============================  ===============================================================
 ``_graph``                    in the file
 ============================  ===============================================================
-``ChannelView.reshape_back``  ``reshape_like(matrix, x)`` with a ``MARKER``, a layer's last node
+``ChannelView.reshape_back``  ``reshape_like(values, x)`` with a ``MARKER``, a layer's last node
 ``GraphMode``, the flag       ``_not_equal_scalar(Dropout(ones), 1)``: 0 in inference
 ``GraphMode``, a choice       ``where(flag, batch, running)``, flag through ``broadcast_like``
 ``state.write``               ``sgd_mom_update(weight, step, variable)``

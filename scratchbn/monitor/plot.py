@@ -13,45 +13,76 @@ from .records import Record
 
 
 class _Panel(NamedTuple):
-    """One of the six pictures; its fields are drawn solid and dashed, named in its legend."""
+    """One of the eight pictures; its fields are drawn solid and dashed, named in its legend."""
 
     title: str
+    hint: str  # what to see in it
     unit: str
     scale: str
     fields: dict[str, str]
+    aim: float | None = None  # a line at the value to be reached
+    band: bool = False  # from the least to the greatest channel
 
 
 _PANELS = (
     _Panel(
         "Input mean",
+        "training uses the batch's, inference the running one",
         "units of the input",
         "linear",
         {"batch": "batch_mean_mean", "running": "running_mean_mean"},
     ),
     _Panel(
         "Input variance",
+        "training uses the batch's, inference the running one",
         "units squared",
         "log",
         {"batch": "batch_var_mean", "running": "running_var_mean"},
     ),
     _Panel(
         "Distance of batch and running mean",
-        "standard deviations",
+        "0 where training and inference centre the input alike",
+        "running standard deviations",
         "log",
         {"": "mean_distance_mean"},
     ),
-    _Panel("Batch variance / running variance", "ratio", "log", {"": "var_ratio_mean"}),
     _Panel(
-        "Scale and shift",
-        "units of the output",
-        "linear",
-        {"gamma": "gamma_mean", "beta": "beta_mean"},
+        "Batch variance / running variance",
+        "1 where the running variance has caught up",
+        "ratio",
+        "log",
+        {"": "var_ratio_mean"},
+        aim=1,
     ),
     _Panel(
-        "Dead channels, saturated outputs",
+        "Scale gamma",
+        "mean and range of the channels; 0 switches one off",
+        "units of the output",
+        "linear",
+        {"": "gamma"},
+        band=True,
+    ),
+    _Panel(
+        "Shift beta",
+        "mean and range of the channels",
+        "units of the output",
+        "linear",
+        {"": "beta"},
+        band=True,
+    ),
+    _Panel(
+        "Dead channels",
+        "nowhere positive in the batch: a ReLU gives zeros only",
         "%",
         "linear",
-        {"dead": "dead", f"beyond {SATURATION:g}": "saturated"},
+        {"": "dead"},
+    ),
+    _Panel(
+        f"Outputs beyond {SATURATION:g}",
+        "a sigmoid is flat there",
+        "%",
+        "linear",
+        {"": "saturated"},
     ),
 )
 _STYLES = ("-", "--")
@@ -65,7 +96,7 @@ def plot(records: list[Record], path: PathLike) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(f"plot needs matplotlib: {install_command('demo')}") from error
-    figure = Figure(figsize=(12, 6.5), layout="constrained")
+    figure = Figure(figsize=(10, 11), layout="constrained")
     _draw(figure, records)
     with staged(path) as file:
         figure.savefig(file, dpi=120)
@@ -77,9 +108,9 @@ def _draw(figure: Any, records: list[Record]) -> None:
 
     layers = list(dict.fromkeys(record["layer"] for record in records))
     colors = dict(zip(layers, colormaps["viridis"](np.linspace(0, 0.9, len(layers)))))
-    for axes, panel in zip(figure.subplots(2, 3, sharex=True).flat, _PANELS):
+    for axes, panel in zip(figure.subplots(4, 2, sharex=True).flat, _PANELS):
         _draw_panel(axes, panel, records, colors)
-    for axes in figure.axes[3:]:
+    for axes in figure.axes[-2:]:
         axes.set_xlabel("training step")
     named = layers
     if len(layers) > _MOST_IN_LEGEND:
@@ -93,16 +124,28 @@ def _draw_panel(axes: Any, panel: _Panel, records: list[Record], colors: dict[st
     factor = 100 if panel.unit == "%" else 1
     for layer, color in colors.items():
         own = [record for record in records if record["layer"] == layer]
+        steps = [record["step"] for record in own]
         for style, field in zip(_STYLES, panel.fields.values()):
+            name = f"{field}_mean" if panel.band else field
             axes.plot(
-                [record["step"] for record in own],
-                [factor * record[field] for record in own],
+                steps,
+                [factor * record[name] for record in own],
                 style,
                 color=color,
                 linewidth=1.2,
                 marker="o" if len(own) == 1 else None,
             )
-    axes.set(title=panel.title, ylabel=panel.unit, yscale=panel.scale)
+            if panel.band:
+                least, most = ([r[f"{field}_{end}"] for r in own] for end in ("min", "max"))
+                axes.fill_between(steps, least, most, color=color, alpha=0.15, linewidth=0)
+    if panel.aim is not None:
+        axes.axhline(panel.aim, color="0.3", linewidth=0.8)
+    axes.set(ylabel=panel.unit, yscale=panel.scale)
+    if panel.unit == "%":
+        top = axes.get_ylim()[1] if axes.dataLim.ymax > 0 else 1
+        axes.set_ylim(-0.03 * top, top)
+    axes.set_title(panel.title, loc="left", pad=18)
+    axes.text(0, 1.03, panel.hint, transform=axes.transAxes, color="0.35", fontsize="small")
     axes.grid(alpha=0.3)
     axes.xaxis.get_major_locator().set_params(integer=True)
     if len(panel.fields) > 1:

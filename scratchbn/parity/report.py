@@ -214,7 +214,8 @@ class Report:
             title=title,
             held=bool(self),
             verdict=self.verdict,
-            settings=self.settings,
+            made=where.described(self.settings),
+            settings=where.undescribed(self.settings),
             notes=self.notes,
             tables=tables,
         )

@@ -53,6 +53,12 @@ def described(settings: Mapping[str, Any]) -> str:
     return "; ".join([*parts, *(str(settings[k]) for k in _FACTS[-1:] if k in settings)])
 
 
+def undescribed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that `described` leaves out."""
+    told = {"backend", "backends", *_FACTS}
+    return {name: value for name, value in settings.items() if name not in told}
+
+
 @functools.cache
 def _machine() -> tuple[str, ...]:
     versions = (__version__, mx.__version__, np.__version__)

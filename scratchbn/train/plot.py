@@ -34,18 +34,7 @@ def plot(runs: Sequence[Run], path: PathLike, title: str = "") -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for i, run in enumerate(runs):
-        color, style = f"C{i}", "--" if i else "-"
-        left.plot(range(1, len(run.losses) + 1), run.losses, style, color=color, label=run.name)
-        for marker, part, fill in (("o", "train", "full"), ("s", "test", "none")):
-            right.plot(
-                range(1, len(run.epochs) + 1),
-                [100 * epoch[f"{part}_acc"] for epoch in run.epochs],
-                style,
-                marker=marker,
-                color=color,
-                fillstyle=fill,
-                label=f"{run.name}, {part}",
-            )
+        left.plot(range(1, len(run.losses) + 1), run.losses, "--" if i else "-", label=run.name)
     left.set(
         yscale="log",
         xlabel="training step",
@@ -55,14 +44,41 @@ def plot(runs: Sequence[Run], path: PathLike, title: str = "") -> None:
     left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     left.yaxis.set_major_formatter("{x:g}")
     left.yaxis.set_minor_formatter(NullFormatter())
-    right.set(xlabel="epochs", ylabel="accuracy (%)", title="Accuracy at the end of each epoch")
-    right.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    right.set_xlim(0.5, len(runs[0].epochs) + 0.5)
+    (_draw_epochs if len(runs[0].epochs) > 1 else _draw_one_epoch)(right, runs)
     for axes in (left, right):
         axes.grid(alpha=0.3, which="both")
         axes.legend()
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
+
+
+def _draw_epochs(axes: Any, runs: Sequence[Run]) -> None:
+    for i, run in enumerate(runs):
+        for marker, part, fill in (("o", "train", "full"), ("s", "test", "none")):
+            axes.plot(
+                range(1, len(run.epochs) + 1),
+                [100 * epoch[f"{part}_acc"] for epoch in run.epochs],
+                "--" if i else "-",
+                marker=marker,
+                color=f"C{i}",
+                fillstyle=fill,
+                label=f"{run.name}, {part}",
+            )
+    axes.set(xlabel="epochs", ylabel="accuracy (%)", title="Accuracy at the end of each epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_xlim(0.5, len(runs[0].epochs) + 0.5)
+
+
+def _draw_one_epoch(axes: Any, runs: Sequence[Run]) -> None:
+    """Draw a bar for each accuracy, with its value: there is no line through one point."""
+    width = 0.8 / len(runs)
+    for i, run in enumerate(runs):
+        values = [100 * epoch[key] for epoch in run.epochs for key in ("train_acc", "test_acc")]
+        places = [place + (i + 0.5) * width - 0.4 for place in range(len(values))]
+        axes.bar_label(axes.bar(places, values, 0.9 * width, label=run.name), fmt="%.2f")
+    axes.set_xticks([0, 1], ["train", "test"])
+    axes.set(ylabel="accuracy (%)", title="Accuracy after the epoch", ylim=(0, 140))
+    axes.set_yticks(range(0, 101, 20))
 
 
 def plot_seeds(summary: Summary, path: PathLike, measure: str = "test_acc") -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,11 +49,16 @@ def ratio_of_medians(times: Sequence[float], reference: Sequence[float], seed: i
     for name, values in (("times", above), ("reference", below)):
         if not (np.isfinite(values).all() and (values > 0).all()):
             raise ValueError(f"{name} must be positive and finite, got {values.tolist()}")
-    value = float(_ratio(above, below))
-    if above.size == 1:  # scipy refuses to resample a single round
+    return _interval(tuple(above), tuple(below), seed)
+
+
+@cache  # JSON, tables and picture show the same
+def _interval(times: tuple[float, ...], reference: tuple[float, ...], seed: int) -> Interval:
+    value = float(_ratio(times, reference))
+    if len(times) == 1:  # scipy refuses to resample a single round
         return Interval(value, value, value)
     low, high = bootstrap(
-        (above, below),
+        (times, reference),
         _ratio,
         paired=True,
         n_resamples=_RESAMPLES,

@@ -27,6 +27,19 @@ class Memory(Protocol):
         """Return a pointer to `size` bytes that stay for as long as the memory does."""
 
 
+class Arrays(Memory, Protocol):
+    """Memory whose arrays can be filled and read."""
+
+    def put(self, values: Any) -> Any:
+        """Return an array with the values of one of NumPy."""
+
+    def take(self, array: Any) -> Any:
+        """Return an array's values as one of NumPy."""
+
+    def draw(self, shape: tuple[int, ...], dtype: str) -> Any:
+        """Return an array of random values."""
+
+
 class Forward(NamedTuple):
     """The outputs of a forward."""
 

@@ -60,6 +60,7 @@ def stage(compiler: str) -> dict[str, str]:
         **{k: v for k, v in os.environ.items() if not k.startswith("SCRATCHBN_REHEARSAL")},
         "LD_LIBRARY_PATH": os.pathsep.join(filter(None, paths)),
         "PYTHONPATH": os.pathsep.join(imports),
+        "SCRATCHBN_REHEARSAL_DEVICES": "2",  # for nets on several
         "SCRATCHBN_CACHE": str(BUILD / "cache"),
         "SCRATCHBN_TEST_PATIENCE": "10",  # NVRTC takes its time in every child process
         "OMP_NUM_THREADS": "1",

@@ -41,6 +41,13 @@ class Entry:
         found = re.search(rf"\b{key}=(\d+)", self.details)
         return int(found[1]) if found else None
 
+    def short(self) -> str:
+        """Return what was executed, without its arrays and its grid."""
+        if self.kind not in ("KERNEL", "LAUNCH"):
+            return f"{self.name} {self.details}".strip()
+        found = re.search(r"set_to_int<\d+>|FusedKernel_\w+|saveto.*ScalarExp", self.signature)
+        return found[0] if found else (self.signature or self.name).partition("(")[0]
+
 
 def parse(text: str) -> list[Entry]:
     """Parse a journal; an unfinished last line, of a process that died, is left out."""

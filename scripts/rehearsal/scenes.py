@@ -45,6 +45,8 @@ LAYERS: dict[str, tuple[type, dict[str, Any]]] = {
         {"ghost_size": 3, "axis": -1, "unbiased_variance": True},
     ),
 }
+# name: (shape, axis of the channels), as they occur in nets.
+LAYOUTS = {"NCHW": ((4, 16, 14, 14), 1), "NHWC": ((4, 14, 14, 16), 3), "dense": ((128, 64), 1)}
 HYBRID: dict[str, dict[str, bool]] = {
     "hybrid": {},
     "static_alloc": {"static_alloc": True},
@@ -199,13 +201,17 @@ def empty(dtype: str, mode: str) -> dict[str, Any]:
 
 
 def launches(dtype: str, mode: str) -> dict[str, Any]:
-    """One layer and the built-in, on an array as a ResNet has it, after two steps to warm up."""
-    for name, layer in (("ours", make("plain")), ("built-in", nn.BatchNorm())):
-        ready(layer, dtype, mode)
-        x = batch((4, 16, 14, 14), dtype)
-        for k in range(3):
-            step(layer, x, f"{name} {k}")
-    return {}
+    """Nets of one to three layers, ours and the built-in, in every layout, for three steps."""
+    for layout, (shape, axis) in LAYOUTS.items():
+        for kind, layer in (("ours", scratchbn.ScratchBatchNorm), ("built-in", nn.BatchNorm)):
+            for count in (1, 2, 3):
+                net = nn.HybridSequential()
+                net.add(*(layer(axis=axis) for _ in range(count)))
+                ready(net, dtype, mode)
+                x = batch(shape, dtype)
+                for k in range(3):
+                    step(net, x, f"{count} x {kind}, {layout}, step {k}")
+    return {layout: shape for layout, (shape, _) in LAYOUTS.items()}
 
 
 def lenet(dtype: str, mode: str) -> dict[str, Any]:

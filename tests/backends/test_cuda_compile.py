@@ -13,7 +13,7 @@ from scratchbn.native.cuda._compile import Target, choose_target
 import pytest
 from helpers import SANITIZED
 
-KERNELS = 30
+KERNELS = 24
 # An SM has 65536 registers: with 80, 3 blocks of 256 threads fit, and 24 KiB are under way.
 MOST_REGISTERS = 96
 ONE = re.compile(

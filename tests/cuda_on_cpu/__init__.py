@@ -1,10 +1,12 @@
 """A GPU that is this CPU: the kernels' own source, compiled by a C++ compiler behind a driver."""
 
 import ctypes
+import hashlib
 import os
 import subprocess
 
 from scratchbn import native
+from scratchbn._writing import staged
 
 import numpy as np
 from gpu_kit.operator import Operator, Tensor
@@ -35,15 +37,24 @@ class HostMemory:
 
 
 class Driver:
-    """The driver's stand-in, built into a directory."""
+    """The driver's stand-in, built once for each state of its sources."""
 
-    def __init__(self, directory):
-        self.path = directory / "libcuda-on-cpu.so"
-        command = [
-            native.compiler(), "-std=c++17", "-O2", "-fPIC", "-shared", "-Wno-unknown-pragmas",
-            "-I", HERE, "-I", SOURCES, HERE / "libcuda.cc", "-o", self.path,
-        ]  # fmt: skip
-        subprocess.run(command, check=True)
+    def __init__(self):
+        digest = hashlib.sha256(str(native.compiler()).encode())
+        for folder in (HERE, SOURCES):
+            for file in sorted(folder.glob("*.*")):
+                if file.suffix in (".cc", ".cu", ".h"):
+                    digest.update(file.read_bytes())
+        self.path = REPOSITORY / "build" / "cuda-on-cpu" / f"{digest.hexdigest()[:16]}.so"
+        if not self.path.exists():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with staged(self.path) as library:
+                command = [
+                    native.compiler(), "-std=c++17", "-O2", "-fPIC", "-shared",
+                    "-Wno-unknown-pragmas", "-I", HERE, "-I", SOURCES, HERE / "libcuda.cc",
+                    "-o", library,
+                ]  # fmt: skip
+                subprocess.run(command, check=True)
         self._library = ctypes.CDLL(str(self.path))
         self._library.launches.restype = ctypes.c_char_p
 
@@ -57,12 +68,22 @@ class Driver:
         return found
 
 
+def machine_code(capability):
+    """A file that says for which card it is, and holds nothing."""
+    return b"\x7fELF".ljust(48, b"\0") + bytes([capability]) + bytes(15)
+
+
+def ptx(capability):
+    """The same as text."""
+    return f".version 7.8\n.target sm_{capability}\n.address_size 64\n".encode()
+
+
 def operator_on(driver):
     """The operator of the product's library, on the stand-in."""
     os.environ["SCRATCHBN_LIBCUDA"] = str(driver.path)
     try:
         operator = Operator(native.build())
-        operator.add_image(CAPABILITY, b"\x7fELF, of no use to a CPU")
+        operator.add_image(CAPABILITY, machine_code(CAPABILITY))
         operator.open(0)
     finally:
         del os.environ["SCRATCHBN_LIBCUDA"]

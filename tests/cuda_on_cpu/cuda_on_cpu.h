@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <vector>
@@ -14,12 +15,13 @@
 #define __global__
 #define __device__
 #define __shared__ static
+#define __noinline__
 #define __launch_bounds__(n)
 
 struct Triple {
   unsigned x = 0, y = 0, z = 0;
 };
-inline Triple threadIdx, blockIdx;
+inline Triple threadIdx, blockIdx, gridDim;
 
 namespace cuda_on_cpu {
 
@@ -59,9 +61,10 @@ inline void run_block(unsigned count) {
 
 inline void launch(unsigned gx, unsigned gy, unsigned count, const std::function<void()>& kernel) {
   body = &kernel;
+  gridDim = {gx, gy, 1};
   for (unsigned b = 0; b < gx * gy; ++b) {
-    // The last block comes first: nothing may depend on an order of blocks.
-    const unsigned at = gx * gy - 1 - b;
+    // The last block comes first unless told otherwise: nothing may depend on an order of blocks.
+    const unsigned at = std::getenv("CUDA_ON_CPU_FIRST_BLOCK_FIRST") ? b : gx * gy - 1 - b;
     blockIdx = {at % gx, at / gx, 0};
     run_block(count);
   }
@@ -72,6 +75,10 @@ inline void launch(unsigned gx, unsigned gy, unsigned count, const std::function
 inline void __syncthreads() {
   swapcontext(&cuda_on_cpu::threads[cuda_on_cpu::running], &cuda_on_cpu::scheduler);
 }
+
+// Blocks come one after another, and so do the threads of a block: what is written is seen at once.
+inline void __threadfence() {}
+inline unsigned atomicAdd(unsigned* at, unsigned more) { return (*at += more) - more; }
 
 // float16, rounded to the nearest, ties to even.
 inline float half_to_float(unsigned short h) {

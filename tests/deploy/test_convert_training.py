@@ -2,7 +2,7 @@
 
 import json
 
-from scratchbn import ScratchBatchNorm, ScratchBatchNormReLU, convert_files
+from scratchbn import ScratchBatchNorm, ScratchBatchNormReLU, convert_files, native, use_backend
 from scratchbn.backends.marker import KEY as MARKER
 from scratchbn.deploy import fold
 from scratchbn.deploy._files import plain_name, write_model
@@ -189,6 +189,17 @@ def test_numpy_semantics(rng, tmp_path):
         str(tmp_path / "after-symbol.json"), ["data"], str(tmp_path / "after-0000.params")
     )
     np.testing.assert_allclose(after(x).asnumpy(), expected.asnumpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_backend_that_was_chosen_does_not_enter_a_file(rng, tmp_path):
+    """A layer called on symbols is the compiled operator where native was chosen by name."""
+    if not native.available():
+        pytest.skip("needs the compiled kernel")
+    model = export(sequential(nn.BatchNorm, lambda: nn.Dense(2)), tmp_path / "net", rng, (4, 3))
+    want = convert_files(*model, to="scratch")[0]
+    with use_backend("native"):
+        got = convert_files(*model, to="scratch")[0]
+    assert got.tojson() == want.tojson()
 
 
 def test_heads_keep_their_names_there_and_back_and_folded():

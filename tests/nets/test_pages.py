@@ -5,8 +5,12 @@ import re
 import mxnet as mx
 import pytest
 from helpers import REPOSITORY
+from places import slug
 
-PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")])
+FOLDERS = ("docs", ".github")
+PAGES = sorted(
+    [*REPOSITORY.glob("*.md"), *(p for f in FOLDERS for p in (REPOSITORY / f).rglob("*.md"))]
+)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -41,9 +45,9 @@ def test_the_readme_counts_the_defects():
 
 
 def anchors(path):
-    """Return the anchors of a page's headings, as GitHub makes them."""
-    lines = re.findall(r"^#+ (.*)$", path.read_text("utf-8"), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
+    """Return the anchors of a page's headings, as GitHub and the site make them."""
+    text = re.sub(r"^```.*?^```", "", path.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return set(map(slug, re.findall(r"^#+ (.*)$", text, re.MULTILINE)))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))

@@ -39,6 +39,11 @@ def test_the_script_writes_its_page(script, tmp_path, monkeypatch, capsys):
     assert page.count("beta of 5 adds") == 2
     assert known["center_false"].cause in page
     assert "http" not in page
+    assert '<meta name="viewport"' in page
+    assert page.index("Is <code>ScratchBatchNorm</code> right?") < page.index("Single layers")
+    # What is wide scrolls by itself: tables and pictures.
+    assert page.count("<table>") == page.count('<div class="wide"><table>')
+    assert page.count("<img") == page.count('<div class="wide"><img alt="')
 
 
 def test_the_script_fails_with_ours(script, tmp_path, monkeypatch, capsys):

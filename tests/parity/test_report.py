@@ -80,6 +80,10 @@ def test_html_is_complete_in_itself(failed, tmp_path):
     assert "Failures" in text
     assert "not finite" in text
     assert "http" not in text
+    assert '<meta name="viewport" content="width=device-width' in text
+    assert "How to read this" in text
+    for told in ("backend auto", "mxnet ", "numpy ", "CPU ", "dtype float64", "eager and hybrid"):
+        assert text.count(told) == 1, told
     assert text.count("<table>") == text.count("</table>") == 2
 
 

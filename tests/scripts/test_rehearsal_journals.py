@@ -98,13 +98,24 @@ def test_a_layer_called_twice_writes_twice():
     ]
 
 
-def test_launches_are_counted_by_step():
+def test_work_is_that_of_a_step():
     entries = [
-        *(Entry("MARK", "ours 2: forward"), Entry("KERNEL", "a"), Entry("MODE", "b")),
-        *(Entry("MARK", "ours 2: backward"), Entry("CALL", "c"), Entry("SET", "d")),
-        *(Entry("MARK", "ours 2: end"), Entry("KERNEL", "e")),
+        *(Entry("MARK", "ours, step 2: forward"), Entry("KERNEL", "a"), Entry("MODE", "b")),
+        *(Entry("MARK", "ours, step 2: backward"), Entry("CALL", "c"), Entry("SET", "d")),
+        *(Entry("MARK", "ours, step 2: end"), Entry("KERNEL", "e")),
     ]
-    assert checks.launches_of_step(entries, "ours 2") == (1, 2)
+    forward, backward = checks.works_of_step(entries, "ours, step 2")
+    assert [entry.name for entry in forward + backward] == ["a", "c", "d"]
+
+
+def test_what_a_layer_adds_is_told_from_what_the_net_has():
+    ones, zeros = (f"mxnet_generic_kernel<op_with_req<set_to_int<{n}>, 1>>(int)" for n in (1, 0))
+    one_layer = [Entry("KERNEL", "a", "grid=1x1x1", ((1, True),), ones), Entry("LAUNCH", "moments")]
+    another = Entry("LAUNCH", "moments", "grid=9x1x1", ((2, True),))
+    filled = Entry("KERNEL", "b", "", (), zeros)
+    copied = Entry("COPY", "memcpy", "bytes=64")
+    more = checks.added(one_layer, [another, one_layer[0], filled, another, copied])
+    assert [entry.short() for entry in more] == ["set_to_int<0>", "moments", "memcpy bytes=64"]
 
 
 def test_launches_that_a_card_refuses_are_errors():
@@ -132,16 +143,20 @@ def test_float32_in_a_float64_module_is_a_problem():
     assert finding.problems == ["fused: instruction rsqrt.approx.f32"]
 
 
-def test_launches_have_a_bound():
+@pytest.mark.parametrize(
+    ("backend", "said"), [("native", ["dense: 9 launches, the bound is 8: {}"]), ("portable", [])]
+)
+def test_launches_have_a_bound(backend, said):
+    """Of what two layers launch and three, the difference counts."""
     entries = []
-    for name in ("ours", "built-in"):
-        for part, launched in (("forward", 8), ("backward", 1), ("end", 0)):
-            entries += [Entry("MARK", f"{name} 2: {part}"), *[Entry("KERNEL", "k")] * launched]
-    (finding,) = checks.launches(Recorded("native", entries=entries))
-    assert finding.problems == ["8 + 1 launches, the bound is 8"]
-    (finding,) = checks.launches(Recorded("portable", entries=entries))
-    assert finding.problems == []
-    assert finding.remark == "ours 8 forward, 1 backward; built-in 8 forward, 1 backward"
+    for count in (2, 3):
+        for kind, forward in (("ours", 8), ("built-in", 1)):
+            for part, launched in (("forward", forward), ("backward", 1), ("end", 0)):
+                entries.append(Entry("MARK", f"{count} x {kind}, dense, step 2: {part}"))
+                entries += [Entry("KERNEL", "k")] * (launched * count + 50 * (kind == "ours"))
+    (finding,) = checks.launches(Recorded(backend, found={"dense": [4, 2]}, entries=entries))
+    assert finding.problems == [problem.format("; ".join(["k"] * 9)) for problem in said]
+    assert finding.remark == "dense: ours 8 + 1, built-in 1 + 1"
 
 
 DOUBLE = "\tld.global.f64 \t%fd1, [%rd4];\n"

@@ -215,8 +215,15 @@ def test_requirements_are_the_locked_ones_with_the_cuda_wheel():
 
 def test_the_list_of_tests_is_there():
     assert [file for file in suite.TESTS if not (REPOSITORY / file).is_file()] == []
-    assert "tests/contract/test_contract_training.py" in suite.TESTS
-    assert "tests/contract/test_conformance_steps.py" in suite.TESTS
+    assert len(set(suite.TESTS)) == len(suite.TESTS)
+    contract = (REPOSITORY / "tests/contract").glob("test_*.py")
+    others = [
+        *("nets/test_convert_nets", "nets/test_recalibrate_inputs", "deploy/test_convert_training"),
+        *("deploy/test_convert_refusals", "zoo/test_zoo_files", "zoo/test_lenet"),
+    ]
+    wanted = {f"tests/contract/{file.name}" for file in contract}
+    assert wanted | {f"tests/{name}.py" for name in others} <= set(suite.TESTS)
+    assert "tests/contract/test_amp.py" in wanted
 
 
 def test_it_ends_with_1_if_something_broke(monkeypatch, tmp_path, capsys):

@@ -16,6 +16,7 @@ from zoo_nets import (
     check_inference,
     check_step,
     infer_float32,
+    initialize,
     initialized,
     layers_of,
     of,
@@ -37,7 +38,7 @@ def test_built_with_our_layer_it_trains_and_infers_like_with_the_built_in(case, 
     ours = case.build(ScratchBatchNorm)
     assert len(layers_of(ours, ScratchBatchNorm)) == case.layers
     assert not layers_of(ours, _BatchNorm)
-    ours.initialize(ctx=device)
+    initialize(ours, device)
     ours.cast("float64")
     restore(ours, values(theirs))
     assert batch_norm_nodes(ours) == []

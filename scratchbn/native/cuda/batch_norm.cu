@@ -1,23 +1,46 @@
 // Batch normalization on a GPU: Algorithm 1 of https://arxiv.org/abs/1502.03167 and its gradient.
 //
-// forward:  moments (reads x), finish_forward (C values), transform (reads x, writes y)
-// backward: gradient_sums (reads x, dy), finish_backward (C values), gradient (reads x, dy, writes
-//           dx)
-// No atomics and no shuffles: sums are added in an order that the shape fixes, so that a result is
-// the same from run to run, and a C++ compiler can compile this file for a CPU. The flag is read
-// here, so that the host never waits.
+// forward:  moments (reads x), transform (reads x, writes y)
+// backward: gradient_sums (reads x, dy), gradient (reads x, dy, writes dx)
+// Sums are added in an order that the shape fixes, without atomics and shuffles, so that a result
+// is the same from run to run, and a C++ compiler can compile this file for a CPU. Blocks count
+// together only how many of them are done: the last adds up what all have left, see `gather`. The
+// flag is read here, so that the host never waits.
 //
-// Sums are taken in W, see call.h, over a few dozen elements, then in double. As in batch_norm.h: where
-// mathematics says 0 the result is 0.
+// Sums are taken in W, see call.h, over a few dozen elements, then in double. As in batch_norm.h:
+// where mathematics says 0 the result is 0.
 
 #include "walk.h"
 
 // --- sums --------------------------------------------------------------------------------------
 
-// Adds up what the threads of a block have for each channel, or column, and leaves it in `partial`.
+struct Pair {
+  double a, b;
+};
+
+// Adds up pairs over the threads of a block that are `width`, a power of two, apart; the sums are
+// in the threads before `width`.
+static __device__ __noinline__ Pair fold(Pair own, int width) {
+  __shared__ Pair all[kThreads];
+  const int t = threadIdx.x;
+  __syncthreads();
+  all[t] = own;
+  __syncthreads();
+  for (int step = kThreads / 2; step >= width; step /= 2) {
+    if (t < step) all[t].a += all[t + step].a, all[t].b += all[t + step].b;
+    __syncthreads();
+  }
+  return all[t];
+}
+
+// Where a block, or a chunk of splits, leaves two sums of an entry.
+static __device__ double* left_for(const Call& k, int split, int entry) {
+  return k.partial + 2 * (i64(split) * entries_of(k) + entry);
+}
+
+// Adds up what the threads of a block have for each entry, and leaves it.
 template <int V>
 static __device__ void leave(const Call& k, double (&a)[V], double (&b)[V]) {
-  __shared__ double as[kThreads], bs[kThreads];
   const int t = threadIdx.x, width = k.columns ? k.columns : 1;
   if (!k.columns) {
 #pragma unroll
@@ -26,57 +49,105 @@ static __device__ void leave(const Call& k, double (&a)[V], double (&b)[V]) {
 #pragma unroll
   for (int j = 0; j < V; ++j) {
     if (j > 0 && !k.columns) break;
-    as[t] = a[j], bs[t] = b[j];
-    __syncthreads();
-    for (int step = kThreads / 2; step >= width; step /= 2) {
-      if (t < step) as[t] += as[t + step], bs[t] += bs[t + step];
-      __syncthreads();
-    }
-    const int entries = k.columns ? k.C * k.S : k.C;
+    const Pair sums = fold({a[j], b[j]}, width);
     const int entry = k.columns ? (blockIdx.x * width + t) * V + j : blockIdx.x;
-    if (t < width && entry < entries) {
-      double* out = k.partial + 2 * (i64(blockIdx.y) * entries + entry);
-      out[0] = as[t], out[1] = bs[t];
+    if (t < width && entry < entries_of(k)) {
+      double* out = left_for(k, blockIdx.y, entry);
+      out[0] = sums.a, out[1] = sums.b;
     }
-    __syncthreads();
   }
 }
 
-// Adds up the partial sums of a channel; the result is in the threads whose `lane` is 0.
-struct Gathered {
-  int c, lane;
-  double a, b;
-
-  __device__ explicit Gathered(const Call& k, bool wanted) {
-    __shared__ double as[kThreads], bs[kThreads];
-    const int t = threadIdx.x, channels = kThreads / k.group;
-    c = blockIdx.x * channels + t % channels, lane = t / channels;
-    a = b = 0;
-    if (wanted && c < k.C) {
-      const int each = k.columns ? k.S : 1, count = each * k.splits;
-      for (int i = lane; i < count; i += k.group) {
-        const double* in = k.partial + 2 * ((i64(i / each) * k.C + c) * each + i % each);
-        a += in[0], b += in[1];
-      }
-    }
-    as[t] = a, bs[t] = b;
+// Tells the last of `expected` blocks that arrive here that it is the last: it then sees what the
+// others wrote before. The counter is left as it was found, at 0.
+static __device__ bool is_last(unsigned* counter, unsigned expected) {
+  __shared__ bool last;
+  if (expected == 1) {
     __syncthreads();
-    for (int step = kThreads / 2; step >= channels; step /= 2) {
-      if (t < step) as[t] += as[t + step], bs[t] += bs[t + step];
-      __syncthreads();
-    }
-    a = as[t], b = bs[t];
+    return true;
+  }
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    last = atomicAdd(counter, 1u) == expected - 1;
+    if (last) *counter = 0;
+  }
+  __syncthreads();
+  __threadfence();
+  return last;
+}
+
+// The sums of the channels that a block finishes, one in each of the threads that are `valid`.
+struct Gathered {
+  bool valid;
+  int c;
+  Pair sum;
+};
+
+// The channels of the team of this block: `team` blocks side by side, see call.h.
+struct Team {
+  int index, first, channels;
+  unsigned blocks;
+
+  __device__ explicit Team(const Call& k) {
+    const int groups = gridDim.x, at = blockIdx.x / k.team * k.team;
+    index = blockIdx.x / k.team;
+    blocks = groups - at < k.team ? groups - at : k.team;
+    const i64 width = i64(k.team) * k.width, begin = index * width, all = entries_of(k);
+    const i64 end = begin + width < all ? begin + width : all;
+    const int each = k.columns ? k.S : 1;
+    first = int(begin / each), channels = int((end - begin) / each);
   }
 };
+
+// Adds up what all blocks have left; false in the blocks that were not the last to do so. A chunk's
+// splits are added up by its last block, then a team's chunks by the team's.
+static __device__ bool gather(const Call& k, Gathered& sums) {
+  const int t = threadIdx.x, chunks = (k.splits + k.chunk - 1) / k.chunk;
+  const Team team(k);
+  unsigned* counters = k.arrived;
+  if (k.chunk > 1) {
+    const int chunk = blockIdx.y / k.chunk, begin = chunk * k.chunk;
+    const int end = begin + k.chunk < k.splits ? begin + k.chunk : k.splits;
+    if (!is_last(counters + chunk * gridDim.x + blockIdx.x, unsigned(end - begin))) return false;
+    counters += chunks * gridDim.x;
+    const int entry = blockIdx.x * k.width + t % k.width;
+    Pair sum = {0, 0};
+    if (entry < entries_of(k)) {
+      for (int i = begin + t / k.width; i < end; i += kThreads / k.width) {
+        const volatile double* in = left_for(k, i, entry);
+        sum.a += in[0], sum.b += in[1];
+      }
+    }
+    sum = fold(sum, k.width);
+    if (t < k.width && entry < entries_of(k)) {
+      double* out = left_for(k, begin, entry);
+      out[0] = sum.a, out[1] = sum.b;
+    }
+  }
+  if (!is_last(counters + team.index, team.blocks * unsigned(chunks))) return false;
+  int side = 1;  // channels side by side
+  while (side < team.channels) side *= 2;
+  const int each = k.columns ? k.S : 1, count = each * chunks;
+  sums.c = team.first + t % side, sums.sum = {0, 0};
+  if (t % side < team.channels) {
+    for (int i = t / side; i < count; i += kThreads / side) {
+      const volatile double* in = left_for(k, i / each * k.chunk, sums.c * each + i % each);
+      sums.sum.a += in[0], sums.sum.b += in[1];
+    }
+  }
+  sums.sum = fold(sums.sum, side);
+  sums.valid = t < team.channels;
+  return true;
+}
 
 // --- forward -----------------------------------------------------------------------------------
 
 // Per channel: the sum of x and of x^2, both measured from the channel's first element. A thread
 // measures from the first element it sees, which costs no digits.
 template <typename T, int V>
-static __device__ void moments(const Call& k) {
+static __device__ void add_moments(const Call& k) {
   typedef typename Types<T>::Wide W;
-  if (*k.flag == 1) return;
   const T* x = static_cast<const T*>(k.x);
   const Pack<T, V>* from[1] = {packs<T, V>(x)};
   Walk w(k);
@@ -116,21 +187,17 @@ static __device__ void moments(const Call& k) {
   leave(k, sums, squares);
 }
 
-// Saves the statistics of each channel. The mean is held in two numbers, high + low: what W can
-// hold of it, and what rounding left.
+// Saves the statistics of a channel, whose sums are `sum` in training. The mean is held in two
+// numbers, high + low: what W can hold of it, and what rounding left.
 template <typename T>
-static __device__ void finish_forward(const Call& k) {
+static __device__ void keep_statistics(const Call& k, bool trained, int c, Pair sum) {
   typedef typename Types<T>::Wide W;
   const double m = double(k.L) * double(k.S);
-  const bool trained = *k.flag != 1 && m > 0;
-  const Gathered sums(k, trained);
-  const int c = sums.c;
-  if (c >= k.C || sums.lane) return;
   double origin, mean = 0, variance;
   if (trained) {
     origin = double(Types<T>::wide(static_cast<const T*>(k.x)[i64(c) * k.S]));
-    mean = sums.a / m;
-    const double spread = (sums.b - sums.a * mean) / m;
+    mean = sum.a / m;
+    const double spread = (sum.b - sum.a * mean) / m;
     variance = spread <= 0 ? 0 : double(W(spread));  // NaN stays NaN
     static_cast<W*>(k.lines)[c] = W(origin + mean);
     static_cast<W*>(k.lines)[k.C + c] = W(variance * (k.unbiased ? m / (m - 1) : 1));
@@ -145,6 +212,20 @@ static __device__ void finish_forward(const Call& k) {
   kept[k.C + c] = W((origin - double(high)) + mean);
   kept[2 * k.C + c] = padded == 0 ? W(0) : W(1 / sqrt(padded));
   static_cast<W*>(k.token)[c] = 1;
+}
+
+template <typename T, int V>
+static __device__ void moments(const Call& k) {
+  if (*k.flag == 1 || k.L == 0 || k.S == 0) {  // there is nothing to add up
+    const Team team(k);
+    const int c = team.first + threadIdx.x;
+    const bool mine = blockIdx.y == 0 && blockIdx.x % k.team == 0 && threadIdx.x < team.channels;
+    if (mine) keep_statistics<T>(k, false, c, {0, 0});
+    return;
+  }
+  add_moments<T, V>(k);
+  Gathered sums;
+  if (gather(k, sums) && sums.valid) keep_statistics<T>(k, true, sums.c, sums.sum);
 }
 
 // Section 3.1 of the paper: the moving averages. A batch whose statistics are not all finite leaves
@@ -237,7 +318,7 @@ static __device__ W reference(const Call& k, const Affine<W>& affine, int c) {
 
 // Per channel: the sum of dy, less the reference each, and of dy (x - high).
 template <typename T, int V>
-static __device__ void gradient_sums(const Call& k) {
+static __device__ void add_gradients(const Call& k) {
   typedef typename Types<T>::Wide W;
   const Pack<T, V>* from[2] = {packs<T, V>(k.x), packs<T, V>(k.dy)};
   const bool relu = k.relu;
@@ -274,13 +355,10 @@ static __device__ void gradient_sums(const Call& k) {
 // Section 3 of the paper, solved for dx:
 // dx = factor (dy - mean of dy) + slope (x - mean), slope = -factor / std * mean of dy xhat.
 template <typename T>
-static __device__ void finish_backward(const Call& k) {
+static __device__ void keep_gradients(const Call& k, int c, Pair sums) {
   typedef typename Types<T>::Wide W;
-  const double m = double(k.L) * double(k.S);
-  const Gathered sums(k, m > 0);
-  const int c = sums.c;
-  if (c >= k.C || sums.lane) return;
   W *dgamma = static_cast<W*>(k.dgamma), *dbeta = static_cast<W*>(k.dbeta);
+  const double m = double(k.L) * double(k.S);
   if (m == 0) {
     if (dgamma) dgamma[c] = 0;
     if (dbeta) dbeta[c] = 0;
@@ -301,6 +379,17 @@ static __device__ void finish_backward(const Call& k) {
   lines[c] = trained ? W(mean) : W(0);
   lines[k.C + c] = trained ? W(slope) : W(0);
   lines[2 * k.C + c] = trained ? W(-slope * low - factor * (mean - double(W(mean)))) : W(0);
+}
+
+template <typename T, int V>
+static __device__ void gradient_sums(const Call& k) {
+  Gathered sums;
+  if (k.L == 0 || k.S == 0) {
+    if (threadIdx.x == 0) keep_gradients<T>(k, blockIdx.x, {0, 0});
+    return;
+  }
+  add_gradients<T, V>(k);
+  if (gather(k, sums) && sums.valid) keep_gradients<T>(k, sums.c, sums.sum);
 }
 
 template <typename T, int V>
@@ -346,11 +435,7 @@ static __device__ void gradient(const Call& k) {
   KERNEL(transform_##name##_##V, (transform<T, V>))            \
   KERNEL(gradient_sums_##name##_##V, (gradient_sums<T, V>))    \
   KERNEL(gradient_##name##_##V, (gradient<T, V>))
-#define KERNELS(T, name, V)                              \
-  STREAMING(T, name, 1)                                  \
-  STREAMING(T, name, V)                                  \
-  KERNEL(finish_forward_##name, finish_forward<T>)       \
-  KERNEL(finish_backward_##name, finish_backward<T>)
+#define KERNELS(T, name, V) STREAMING(T, name, 1) STREAMING(T, name, V)
 
 KERNELS(Half, half, 4)
 KERNELS(float, float, 4)

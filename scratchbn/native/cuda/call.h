@@ -12,14 +12,19 @@ constexpr int kThreads = 256;  // of a block
 //   by runs, if S is long (`columns` is 0): block x takes channel x, L runs of S neighbours;
 //   by columns, if S is short (channels-last, dense layers): the array is a matrix of L rows, and
 //   a block takes `columns` vectors side by side.
-// Each block leaves two sums per channel, or per column, in `partial`.
+// The channels, or by columns the elements of a row, are the entries: a block leaves two sums for
+// each of its `width` entries in `partial`. The last block of `chunk` splits that is done adds up
+// theirs, the last block of a team all that is left of it. A team is one block wide, or by columns
+// as many as it takes until the end of a block is the end of a channel.
 struct Call {
   int L, C, S;
   int vectors;     // of a run; by columns, of a row
   int columns;     // a power of two up to 32, or 0
   int splits;      // gridDim.y
   long long each;  // vectors of a channel, or by columns rows, that a split has
-  int group;       // threads that add up the partial sums of one channel: a power of two
+  int width;       // entries of a block: a power of two; by runs 1
+  int chunk;       // splits that are added up first; 1: none
+  int team;        // blocks side by side whose channels are finished together
   int relu, cumulative, unbiased;
   double epsilon, momentum;
   double share;  // of an element in a mean: 1 / (L * S)
@@ -32,7 +37,8 @@ struct Call {
   void *kept, *token, *y;             // W (3, C): high, low, 1 / std; W (C,); T
   const void* dy;                     // T
   void *dx, *dgamma, *dbeta;          // T, W, W; null: not wanted
-  double* partial;                    // two sums for each split and channel, or column
+  double* partial;                    // two sums for each split and entry
+  unsigned* arrived;                  // zeros: how many blocks of a chunk, of a team are done
   void* lines;                        // W: (2, C) forward, mean and variance; (3, C) backward
 };
 

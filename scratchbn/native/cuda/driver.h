@@ -5,8 +5,10 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <string>
@@ -30,6 +32,8 @@ class Driver {
   int (*cuDevicePrimaryCtxRetain)(void**, int);
   int (*cuCtxPushCurrent)(void*);
   int (*cuCtxPopCurrent)(void**);
+  int (*cuMemAlloc)(unsigned long long*, size_t);
+  int (*cuMemsetD8Async)(unsigned long long, unsigned char, size_t, void*);
   int (*cuModuleLoadData)(void**, const void*);
   int (*cuModuleGetFunction)(void**, void*, const char*);
   int (*cuLaunchKernel)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
@@ -57,6 +61,8 @@ class Driver {
     find(cuDevicePrimaryCtxRetain, "cuDevicePrimaryCtxRetain");
     find(cuCtxPushCurrent, "cuCtxPushCurrent_v2");
     find(cuCtxPopCurrent, "cuCtxPopCurrent_v2");
+    find(cuMemAlloc, "cuMemAlloc_v2");
+    find(cuMemsetD8Async, "cuMemsetD8Async");
     find(cuModuleLoadData, "cuModuleLoadData");
     find(cuModuleGetFunction, "cuModuleGetFunction");
     find(cuLaunchKernel, "cuLaunchKernel");
@@ -131,6 +137,24 @@ class Device {
 
   int processors() const { return processors_; }
 
+  // Memory of the device that holds zeros whenever a kernel begins on a stream: each leaves it so.
+  // It is never freed; where more is wanted, at least twice as much is taken.
+  unsigned* zeros(void* stream, size_t count) const {
+    std::lock_guard<std::mutex> lock(*mutex_);
+    Zeros& held = zeros_[stream];
+    if (held.count < count) {
+      const Driver& driver = Driver::get();
+      const Current current(context_);
+      const size_t wanted = std::max({count, 2 * held.count, size_t(16)});
+      unsigned long long memory = 0;
+      driver.require(driver.cuMemAlloc(&memory, wanted * sizeof(unsigned)), "cuMemAlloc");
+      driver.require(driver.cuMemsetD8Async(memory, 0, wanted * sizeof(unsigned), stream),
+                     "cuMemsetD8Async");
+      held = {reinterpret_cast<unsigned*>(memory), wanted};
+    }
+    return held.memory;
+  }
+
   // Launches blocks of `threads`, gx * gy of them, on a stream; `argument` is the kernel's.
   void launch(const std::string& kernel, unsigned gx, unsigned gy, unsigned threads, void* stream,
               const void* argument) const {
@@ -162,8 +186,15 @@ class Device {
     driver.require(driver.cuModuleLoadData(&module_, image.data()), "cuModuleLoadData");
   }
 
+  struct Zeros {
+    unsigned* memory = nullptr;
+    size_t count = 0;
+  };
+
   int processors_ = 0;
   void *context_ = nullptr, *module_ = nullptr;
+  std::unique_ptr<std::mutex> mutex_ = std::make_unique<std::mutex>();
+  mutable std::map<void*, Zeros> zeros_;  // by stream
 };
 
 }  // namespace scratchbn_gpu

@@ -1,11 +1,13 @@
-// What the host does for a call on a GPU: cut the work into blocks, then launch three kernels.
+// What the host does for a call on a GPU: cut the work into blocks, then launch two kernels.
 
 #pragma once
 
 #include <algorithm>
 #include <climits>
+#include <cmath>
 #include <cstdint>
 #include <functional>
+#include <numeric>
 #include <string>
 
 #include "call.h"
@@ -18,6 +20,7 @@ constexpr int kBlocksPerProcessor = 8;  // of kThreads, as many as a processor h
 constexpr int kWorthABlock = 4;         // vectors per thread below which more blocks cost more
 constexpr int kMostColumns = 32;        // vectors side by side
 constexpr int kMostSplits = 65535;      // of gridDim.y
+constexpr int kWorthAChunk = 2048;      // sums of a team that one block does not add up alone
 
 // The types of the data: how kernels call them, and their sizes.
 struct Type {
@@ -52,14 +55,12 @@ class Launcher {
   }
 
   void forward() {
-    if (!empty()) stream("moments");
-    finish("finish_forward");
+    stream("moments");
     if (!empty()) stream("transform");
   }
 
   void backward() {
-    if (!empty()) stream("gradient_sums");
-    finish("finish_backward");
+    stream("gradient_sums");
     if (!empty() && call_.dx) stream("gradient");
   }
 
@@ -71,23 +72,29 @@ class Launcher {
   bool empty() const { return call_.L == 0 || call_.S == 0; }
 
   void cut() {
-    call_.splits = call_.group = 1;
+    call_.splits = call_.width = call_.chunk = call_.team = 1;
+    across_ = unsigned(call_.C);
     if (empty()) return;
     call_.share = 1 / (double(call_.L) * call_.S);
     const bool by_columns = call_.S < kShortRun;
     const int row = by_columns ? call_.C * call_.S : call_.S;
-    width_ = row % type_.width == 0 && aligned() ? type_.width : 1;
-    call_.vectors = row / width_;
-    call_.columns = by_columns ? power_of_two(call_.vectors, kMostColumns) : 0;
-    across_ = by_columns ? unsigned(ceil_div(call_.vectors, call_.columns)) : unsigned(call_.C);
+    vector_ = row % type_.width == 0 && aligned() ? type_.width : 1;
+    call_.vectors = row / vector_;
+    if (by_columns) {
+      call_.columns = power_of_two(call_.vectors, kMostColumns);
+      call_.width = call_.columns * vector_;
+      call_.team = call_.S / std::gcd(call_.S, call_.width);
+      across_ = unsigned(ceil_div(call_.vectors, call_.columns));
+    }
     const int64_t all = by_columns ? call_.L : int64_t(call_.L) * call_.vectors;
     const int64_t at_once = by_columns ? kThreads / call_.columns : kThreads;
     const int64_t wanted = ceil_div(kBlocksPerProcessor * device_.processors(), across_);
     const int64_t most = std::min<int64_t>(ceil_div(all, at_once * kWorthABlock), kMostSplits);
     call_.splits = int(std::max<int64_t>(std::min(wanted, most), 1));
     call_.each = ceil_div(all, call_.splits);
-    const int64_t partials = int64_t(call_.splits) * (by_columns ? call_.S : 1);
-    call_.group = power_of_two(ceil_div(partials, 4), kThreads);
+    if (int64_t(call_.splits) * call_.team * call_.width > kWorthAChunk) {
+      call_.chunk = power_of_two(int64_t(std::sqrt(call_.splits)), call_.splits);
+    }
   }
 
   bool aligned() const {
@@ -105,27 +112,22 @@ class Launcher {
     if (!memory) throw DriverError("no memory for partial sums");
     call_.partial = reinterpret_cast<double*>(memory);
     call_.lines = memory + sums;
+    const int64_t teams = ceil_div(across_, call_.team);
+    const int64_t chunks = call_.chunk > 1 ? ceil_div(call_.splits, call_.chunk) * across_ : 0;
+    call_.arrived = device_.zeros(place_.stream, size_t(chunks + teams));
   }
 
   void stream(const char* kernel) const {
-    launch(std::string(kernel) + "_" + type_.name + "_" + std::to_string(width_), across_,
-           unsigned(call_.splits));
-  }
-
-  void finish(const char* kernel) const {
-    launch(std::string(kernel) + "_" + type_.name,
-           unsigned(ceil_div(call_.C, kThreads / call_.group)), 1);
-  }
-
-  void launch(const std::string& kernel, unsigned gx, unsigned gy) const {
-    device_.launch(kernel, gx, gy, kThreads, place_.stream, &call_);
+    const std::string name =
+        std::string(kernel) + "_" + type_.name + "_" + std::to_string(vector_);
+    device_.launch(name, across_, unsigned(call_.splits), kThreads, place_.stream, &call_);
   }
 
   Call call_;
   const Type type_;
   const Place& place_;
   const Device& device_;
-  int width_ = 1;
+  int vector_ = 1;  // elements of one
   unsigned across_ = 1;
 };
 

@@ -81,6 +81,8 @@ struct Walk {
   }
 };
 
+static __device__ int entries_of(const Call& k) { return k.columns ? k.C * k.S : k.C; }
+
 // The channel of element j of this thread's vectors.
 template <int V>
 static __device__ int channel(const Call& k, int j) {

@@ -102,19 +102,19 @@ std::string pointers_of_ours(const std::string& kernel, const scratchbn_gpu::Cal
   const auto is = [&](const char* name) { return kernel.rfind(std::string(name) + "_", 0) == 0; };
   std::vector<std::pair<const void*, bool>> found;  // and whether it is only read
   if (is("moments")) {
-    found = {{k.partial, false}, {k.x, true}, {k.flag, true}};
-  } else if (is("finish_forward")) {
-    found = {{k.kept, false}, {k.token, false}, {k.lines, false}, {k.partial, true},
-             {k.running_mean, true}, {k.running_var, true}, {k.flag, true}};
+    found = {{k.kept, false}, {k.token, false}, {k.lines, false}, {k.partial, false},
+             {k.arrived, false}, {k.x, true}, {k.running_mean, true}, {k.running_var, true},
+             {k.flag, true}};
   } else if (is("transform")) {
     found = {{k.y, false}, {k.running_mean, false}, {k.running_var, false}, {k.num_batches, false},
              {k.x, true}, {k.kept, true}, {k.gamma, true}, {k.beta, true}, {k.flag, true}};
-  } else if (is("gradient_sums") || is("gradient")) {
-    found = {{is("gradient_sums") ? k.partial : k.dx, false}, {k.x, true}, {k.dy, true},
-             {k.kept, true}, {k.gamma, true}, {k.beta, true}};
-  } else if (is("finish_backward")) {
-    found = {{k.dgamma, false}, {k.dbeta, false}, {k.lines, false}, {k.partial, true},
-             {k.kept, true}};
+  } else if (is("gradient_sums")) {
+    found = {{k.dgamma, false}, {k.dbeta, false}, {k.lines, false}, {k.partial, false},
+             {k.arrived, false}, {k.x, true}, {k.dy, true}, {k.kept, true}, {k.gamma, true},
+             {k.beta, true}};
+  } else if (is("gradient")) {
+    found = {{k.dx, false}, {k.x, true}, {k.dy, true}, {k.kept, true}, {k.lines, true},
+             {k.gamma, true}, {k.beta, true}};
   }
   std::string text;
   for (const auto& one : found) {
@@ -223,6 +223,11 @@ API int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, un
   return 0;
 }
 
+API int cuMemAlloc_v2(unsigned long long* memory, size_t bytes) {
+  void* taken = nullptr;
+  const int status = allocate(&taken, bytes);
+  return *memory = reinterpret_cast<unsigned long long>(taken), status;
+}
 API int cuMemsetD8Async(unsigned long long memory, unsigned char value, size_t count, void*) {
   note("SET\tmemset\tbytes=" + std::to_string(count) + "\t" +
        pointer(reinterpret_cast<void*>(memory), false));
