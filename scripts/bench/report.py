@@ -28,7 +28,7 @@ programs disturb less."""
 
 _FLOOR = """\
 In multiples of the memory floor: {passes} passes of the tensor at the bandwidth of a copy of the
-same size in the same rounds."""
+same size in the same rounds, in process time."""
 
 _MEMORY = """\
 Most resident memory (VmHWM) of a process that builds the net and trains six steps, less what the
@@ -56,7 +56,7 @@ def summarize(group: Group) -> dict[str, Timing]:
             ratio = ratio_of_medians(times, group.samples[REFERENCE])
             process_ratio = ratio_of_medians(process, group.process[REFERENCE])
         if COPY in group.samples and name != COPY:
-            floor = floor_multiple(group.work, times, group.samples[COPY])
+            floor = floor_multiple(group.work, process, group.process[COPY])
         timings[name] = Timing(_ms(times), ratio, floor, _ms(process), process_ratio)
     return timings
 
@@ -165,7 +165,7 @@ def _floor_table(groups: Sequence[Group]) -> str:
     rows = []
     for group in groups:
         timings = summarize(group)
-        speed = bandwidth(group.nbytes, timings[COPY].ms / 1000) / 1e9
+        speed = bandwidth(group.nbytes, timings[COPY].process_ms / 1000) / 1e9
         cells = [str(timings[name].floor) if name in timings else "" for name in names]
         rows.append((group.net, _mib(group), f"{speed:.1f} GB/s", *cells))
     return table(("layer", "MiB", "copy", *names), rows, markdown=True)

@@ -12,6 +12,7 @@ import mxnet as mx
 import numpy as np
 import pytest
 from bench import stats
+from bench.entries import WORKS
 from bench.report import Report
 from benchmark_cases import FEW
 from helpers import REPOSITORY, last_json
@@ -23,7 +24,8 @@ SCRIPT = REPOSITORY / "scripts" / "benchmark.py"
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("benchmark")
     arguments = ["--quick", "--nets", "lenet", "layer_2d", "--rounds", "2"]
-    assert benchmark.main([*arguments, "--entries", *FEW, "--out", str(out)]) == 0
+    arguments += ["--work", *WORKS, "--entries", *FEW]
+    assert benchmark.main([*arguments, "--out", str(out)]) == 0
     return out
 
 
