@@ -14,6 +14,7 @@ FORMULA = re.compile(r"^( *)\.\. math:: (.+(?:\n\1 +\S.*)*)", re.MULTILINE)
 LITERAL = re.compile(r"::\n\n((?: +\S.*\n?|\n)+)")
 # What looks like Python and is none would be printed otherwise than it was written.
 TYPES = re.compile(r"\bshape \(|^ *\w+Error(?:, \w+Error)+$", re.MULTILINE)
+TYPED = re.compile(r"^( *[\w*, ]+ : )(.+, .+)$", re.MULTILINE)
 RULE = re.compile(r"^ *=+(?: +=+)+$")
 
 
@@ -38,6 +39,7 @@ def _rewrite(obj: griffe.Object) -> None:
 def to_markdown(text: str, where: griffe.Object) -> str:
     """Return a docstring in Markdown: tables, formulas, literal blocks, references."""
     text = TYPES.sub(lambda m: m[0].replace(" ", "\u00a0"), _tables(text))
+    text = TYPED.sub(lambda m: m[1] + re.sub(", (?!default|optional)", ",\u00a0", m[2]), text)
     text = FORMULA.sub(lambda m: f"{m[1]}$${' '.join(m[2].split())}$$", text)
     text = LITERAL.sub(_fenced, text)
     return ROLE.sub(lambda m: _reference(m[1], m[2], where), text)
