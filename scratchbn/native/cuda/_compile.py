@@ -19,7 +19,7 @@ from ...environment.install import python_command
 from .._build import BackendError, cache_directory
 
 SOURCE = "batch_norm.cu"
-HEADERS = ("walk.h", "call.h")
+HEADERS = ("sums.h", "walk.h", "call.h")
 OPTIONS = ("--std=c++14",)
 # Of CUDA 11, 12 and 13; a package of PyPI keeps the first below nvidia/cuda_nvrtc or nvidia/cu13.
 LIBRARIES = ("libnvrtc.so.11.2", "libnvrtc.so.12", "libnvrtc.so.13", "libnvrtc.so")
