@@ -36,7 +36,7 @@ test: lint check $(if $(CI),other-pythons)
 
 # The tests alone; ARGS="-k words" for some of them.
 check: $(READY)
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 # Everything against the built-in and a NumPy oracle; ARGS=--full for the whole grid.
 parity: $(READY)
