@@ -7,17 +7,32 @@ import math
 import os
 import signal
 import sys
+import textwrap
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from . import _interrupt
+from ._text import reflowed
+
+
+class Paragraphs(argparse.HelpFormatter):
+    """Fills paragraphs of a description to the width of the terminal; lists stay as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        parts = textwrap.dedent(text).strip().split("\n\n")
+        return "\n\n".join(textwrap.indent(self._fill(part, width), indent) for part in parts)
+
+    @staticmethod
+    def _fill(part: str, width: int) -> str:
+        is_list = "\n " in part
+        return reflowed(part, width) if is_list else textwrap.fill(" ".join(part.split()), width)
 
 
 class Parser(argparse.ArgumentParser):
     """A parser that reports an error in one line, without the usage, and knows no abbreviations."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)
+        super().__init__(**{"allow_abbrev": False, "formatter_class": Paragraphs, **options})
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with status 2."""

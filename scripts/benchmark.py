@@ -7,14 +7,17 @@ import contextlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # imports take seconds: end at once, in silence
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for models
 
-from scratchbn._command import Parser, fail, integer, positive
+from scratchbn._command import Parser, fail, guarded, integer, positive
 from scratchbn._writing import staged_folder
 
 from bench import machine, memory, operators, plan
@@ -70,11 +73,7 @@ cannot be used."""
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = Parser(
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(description=_DESCRIPTION, epilog=_EPILOG)
     add = parser.add_argument
     nets = f"which of {', '.join(_ALL_NETS)} (default: all; with --quick {', '.join(_QUICK_NETS)})"
     entries = (
@@ -204,4 +203,4 @@ def _start_torch(python: str) -> TorchWorker:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded("benchmark.py", main))

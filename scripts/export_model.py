@@ -64,8 +64,7 @@ Run = Callable[[], "list[np.ndarray]"]
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, epilog=_EPILOG, formatter_class=formatter)
+    parser = Parser(description=__doc__, epilog=_EPILOG)
     add = parser.add_argument
     add(
         "--net",

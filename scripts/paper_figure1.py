@@ -57,11 +57,7 @@ cannot be used."""
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = Parser(
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(description=_DESCRIPTION, epilog=_EPILOG)
     add = parser.add_argument
     add("--steps", type=integer(1), default=50_000, help="per run (default: 50000, the paper's)")
     seed = integer(0, 2**31 - 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import importlib.util
 import io
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,10 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # imports take seconds: end at once, in silence
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scratchbn import ScratchBatchNorm, use_backend
-from scratchbn._command import Parser
+from scratchbn._command import Parser, guarded
 from scratchbn._writing import write_text
 from scratchbn.backends import BACKENDS
 from scratchbn.defects import DEFECTS, Finding, survey
@@ -365,4 +368,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded("parity_report.py", main))

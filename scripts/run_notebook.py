@@ -5,7 +5,6 @@ Exit status: 0; 1 if a cell fails, and the file stays as it was; 2 if it is no n
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
@@ -99,7 +98,7 @@ def executed(notebook: Any, after_cell: Callable[..., None] | None = None) -> An
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script on the arguments of the command line and return its exit status."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("file", type=Path, nargs="?", default=NOTEBOOK, help="another notebook")
     file = parser.parse_args(argv).file
     began = time.monotonic()

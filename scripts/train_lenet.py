@@ -82,8 +82,7 @@ refused a file; 130 after Ctrl-C, 143 after SIGTERM, 141 where nobody reads the 
 # fmt: off
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = Parser(prog=NAME, description=__doc__, epilog=EPILOG,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog=NAME, description=__doc__, epilog=EPILOG)
     add = parser.add_argument
     add("--norm", choices=NORMS, default="scratch", help="norm layer (default: scratch)")
     add("--compare", action=argparse.BooleanOptionalAction,

@@ -6,7 +6,6 @@ environment variables that tell it its role.
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import shutil
@@ -57,9 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     int
         Exit status; ``--help`` says what it means.
     """
-    parser = Parser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, epilog=EPILOG)
     add_job(parser.add_argument)
     options = parser.parse_args(argv)
     return launch(options.program, options.workers, options.servers)

@@ -30,6 +30,8 @@ COMMANDS = {
     "train_lenet": ["scripts/train_lenet.py"],
     "export_model": ["scripts/export_model.py"],
     "paper_figure1": ["scripts/paper_figure1.py"],
+    "benchmark": ["scripts/benchmark.py"],
+    "parity_report": ["scripts/parity_report.py"],
 }
 
 

@@ -164,7 +164,8 @@ def test_bad_arguments(options, error, message, tmp_path, monkeypatch, device):
 def test_missing_packages_are_named(module, act, observed, monkeypatch):
     monitor = observed()
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=rf"needs {module.split('.')[0]}: .*pip install .*\[demo\]"):
+    package = module.split(".")[0]
+    with pytest.raises(ImportError, match=rf"needs {package}: .*pip install .*\[demo\]"):
         act(monitor)
 
 
