@@ -197,7 +197,7 @@ def take_step(subject, x, dy, *, record_train=True, backward_train=True, backwar
 
 
 def untrained():
-    """Expect the warning of `freeze`, of statistics that are those of a new layer."""
+    """Expect the warning of `freeze`, of statistics that are those of a new layer: of values."""
     return pytest.warns(UserWarning, match="these layers do not normalize")
 
 

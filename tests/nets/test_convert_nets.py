@@ -159,6 +159,7 @@ def test_layers_in_any_container_are_found(device, rng, convert, source, target)
     np.testing.assert_array_equal(net.call(x).asnumpy(), net.queue[0](x).asnumpy())
 
 
+@pytest.mark.values
 @kinds
 def test_layers_inside_a_symbol_block_are_converted(device, tmp_path, layer_class):
     inside = nn.HybridSequential()

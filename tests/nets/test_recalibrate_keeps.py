@@ -57,6 +57,7 @@ def test_only_running_statistics_change_in_every_mode(layer_class, mode, device,
     np.testing.assert_allclose(inference, net(x).asnumpy(), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.values
 @kinds
 def test_frozen_layers_are_left_alone(layer_class, device, rng):
     net = build_net(layer_class, device)

@@ -151,6 +151,7 @@ def test_gluoncv_layer_without_cudnn_comes_back_as_itself(device, rng):
     assert type(layer) is gluoncv.nn.block.BatchNormCudnnOff
 
 
+@pytest.mark.values
 def test_a_net_built_to_use_global_statistics_does_so_after_unfreeze(device, rng):
     net = zoo.get_model("cifar_resnet20_v1", norm_kwargs={"use_global_stats": True})
     net.initialize(ctx=device)
