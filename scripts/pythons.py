@@ -5,7 +5,6 @@ Interpreters are looked for on PATH and among pyenv's; what is not found is name
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -13,6 +12,8 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from scratchbn._command import Parser, guarded, integer
 
 HERE = Path(__file__).resolve().parent.parent
 VERSIONS = ("3.9", "3.10", "3.11")
@@ -67,10 +68,12 @@ def run(version: str, targets: list[str]) -> bool:
 
 def main() -> int:
     """Return the exit status: 0 if the targets were made on each version that was found."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__)
     parser.add_argument("targets", nargs="+")
     parser.add_argument("--others", action="store_true", help=f"all but this Python, {THIS}")
-    parser.add_argument("--jobs", type=int, default=1, help="versions at a time (default: 1)")
+    parser.add_argument(
+        "--jobs", type=integer(1), default=1, help="versions at a time (default: 1)"
+    )
     options = parser.parse_args()
     versions = [version for version in VERSIONS if not (options.others and version == THIS)]
     print(f"{' '.join(options.targets)} on Python {', '.join(versions)}: minutes", flush=True)
@@ -80,4 +83,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded("pythons.py", main))

@@ -46,6 +46,20 @@ def make(*arguments, env=None, **variables):
     return subprocess.run(command, capture_output=True, text=True, env=env or kept)
 
 
+def run_script(name, options, directory):
+    """Run a script of the repository in a process of its own, elsewhere; it has to end with 0."""
+    process = subprocess.run(
+        [sys.executable, str(REPOSITORY / "scripts" / name), *options],
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    return process
+
+
 def load_kernel(device):
     """Load the compiled kernel for a device; skip the test where it cannot be had."""
     try:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 from scratchbn.datasets import load
 
@@ -12,7 +10,7 @@ import mxnet as mx
 import numpy as np
 import paper_figure1
 import pytest
-from helpers import REPOSITORY
+from helpers import run_script
 from mxnet import autograd
 
 SHORT = ["--data", "sample", "--device", "cpu", "--steps", "300", "--seeds", "1", "2"]
@@ -23,15 +21,7 @@ PATHS = [f"runs/{net}-{seed}.json" for net in ("with", "without") for seed in (1
 def finished(tmp_path_factory):
     """A whole run in a process of its own, started elsewhere than in the repository."""
     directory = tmp_path_factory.mktemp("run")
-    process = subprocess.run(
-        [sys.executable, str(REPOSITORY / "scripts" / "paper_figure1.py"), *SHORT, "--out", "a/b"],
-        cwd=directory,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
+    process = run_script("paper_figure1.py", [*SHORT, "--out", "a/b"], directory)
     return process, directory / "a" / "b"
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 from scratchbn import ScratchBatchNorm
 from scratchbn.train import read_values, write_values
@@ -12,7 +10,7 @@ from scratchbn.train import read_values, write_values
 import mxnet as mx
 import numpy as np
 import pytest
-from helpers import REPOSITORY, array, last_json, run_python, without_scratchbn
+from helpers import array, last_json, run_python, run_script, without_scratchbn
 from lenet_runs import FEW, FILES, KINDS, SYMBOLS, build, run_main, start, train, twenty_images
 from mxnet import autograd, gluon
 
@@ -24,16 +22,8 @@ from scripts import train_lenet
 def finished(tmp_path_factory):
     """A whole run in a process of its own, started elsewhere than in the repository."""
     directory = tmp_path_factory.mktemp("run")
-    command = [sys.executable, str(REPOSITORY / "scripts" / "train_lenet.py")]
-    process = subprocess.run(
-        [*command, *FEW, "--epochs", "2", "--debug", "--out", "a/b"],
-        cwd=directory,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
+    options = [*FEW, "--epochs", "2", "--debug", "--out", "a/b"]
+    process = run_script("train_lenet.py", options, directory)
     return process, directory / "a" / "b"
 
 
