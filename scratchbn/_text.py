@@ -49,7 +49,7 @@ def within(rows: Sequence[tuple[str, str]], width: int | None = None) -> str:
     for name, text in rows:
         room = sys.maxsize if width is None else max(1, width - indent)
         parts = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False)
-        lines += [f"{name if not i else '':{indent}}{part}" for i, part in enumerate(parts)]
+        lines += [("" if i else name).ljust(indent) + part for i, part in enumerate(parts)]
     return "\n".join(lines)
 
 
