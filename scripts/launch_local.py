@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from scratchbn.train.launch import main
+from scratchbn.launch import main
 
 if __name__ == "__main__":
     sys.exit(main())

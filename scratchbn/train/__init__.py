@@ -2,7 +2,7 @@
 
 :class:`Run` is a net in training, :class:`Session` trains runs side by side with checkpoints,
 :func:`join` makes the process a worker of a job. In a scheduler or server of such a job, import
-this package before MXNet, whose import would serve and not return. :mod:`scratchbn.train.launch`
+this package before MXNet, whose import would serve and not return. :mod:`scratchbn.launch`
 starts a job on this machine, :mod:`scratchbn.train.plot` draws the curves of runs.
 """
 

@@ -25,7 +25,6 @@ from mxnet.kvstore import KVStoreBase
 
 __all__ = ["ALONE", "Alone", "Cluster", "ClusterError", "Workers", "end_on_error", "join"]
 
-LAUNCHER = "SCRATCHBN_LAUNCHER"  # variable with the command that a local job's own comes after
 ROLES = ("scheduler", "server", "worker")
 _VARIABLES = ("DMLC_PS_ROOT_URI", "DMLC_PS_ROOT_PORT", "DMLC_NUM_WORKER", "DMLC_NUM_SERVER")
 _ALL_NODES = 7  # ps-lite's groups of nodes, scheduler 1 + servers 2 + workers 4

@@ -12,7 +12,8 @@ import subprocess
 import sys
 import time
 
-from scratchbn.train import ALONE, ClusterError, cluster, join, launch
+from scratchbn import launch
+from scratchbn.train import ALONE, ClusterError, cluster, join
 
 import mxnet as mx
 import numpy as np

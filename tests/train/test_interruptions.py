@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from scratchbn.launch import launch
 from scratchbn.train import Interrupted, Run, Session, WriteError
-from scratchbn.train.launch import launch
 from scratchbn.train.results import write_or_elsewhere
 
 import mxnet as mx

@@ -1,7 +1,7 @@
 """Run a command as a job of MXNet's parameter server on this machine.
 
 The command is started once for each process of the job, a scheduler, servers and workers, with the
-environment variables that tell it its role.
+environment variables that tell it its role. The launcher itself does without MXNet.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TextIO
 
-from .._command import Parser, add_job
-from .cluster import LAUNCHER
+from ._command import Parser, add_job
 
 __all__ = ["launch", "main"]
+
+LAUNCHER = "SCRATCHBN_LAUNCHER"  # variable with the command that a local job's own comes after
 
 EPILOG = """\
 Example:
