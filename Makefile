@@ -31,8 +31,9 @@ train: $(READY)
 	$(BIN)/python $(if $(ON_GPU),scripts/suite_on_cu112.py --run )scripts/train_lenet.py $(ARGS)
 
 # Linters, types, tests, and the examples in the documentation; PYTHON=python3.9 for another Python.
-# With CI=true, what is most likely to break on the other Pythons too.
-test: lint check $(if $(CI),other-pythons)
+# With CI=true beside them what is most likely to break on the other Pythons.
+test: lint
+	@$(MAKE) --no-print-directory $(if $(CI),-j2 other-pythons) check
 
 # The tests alone; ARGS="-k words" for some of them.
 check: $(READY)
