@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import zlib
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # ScratchSyncBatchNorm asks for 4096: gigabytes, in a process that runs all tests.
 os.environ.setdefault("MXNET_CPU_TEMP_COPY", "4")
 
