@@ -34,6 +34,8 @@ def test_it_goes_with_the_cache(rng):
     check(net, x)
     op = net._cached_op
     assert isinstance(op, TwoGraphs)
+    again = copy.copy(op)
+    assert again.inference() == op.inference()
     net.hybridize()
     assert net._cached_op is None
     copy.deepcopy(net)  # nothing is left that cannot be copied
