@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -50,14 +50,13 @@ def traced(
     """Return the net's graph and its inputs by name; `layers` is how its norms are to compute."""
     if not example_inputs:
         raise ValueError("example_inputs must have the inputs the net takes, got none")
-    try:
-        flat, structure = flatten(list(example_inputs))
-    except ValueError as error:
-        raise TypeError(f"example_inputs must be NDArrays: {error}") from error
+    leaves = list(_leaves(example_inputs))
+    wrong = [a for a in leaves if not isinstance(a, (mx.nd.NDArray, type(None)))]
+    if wrong or not any(a is not None for a in leaves):
+        got = type(wrong[0]).__module__ + "." + type(wrong[0]).__name__ if wrong else None
+        raise TypeError(f"example_inputs must be NDArrays, in lists if nested, got {got}")
+    flat, structure = flatten(list(example_inputs))
     arrays = [a for a in flat if a is not None]
-    wrong = [type(a).__name__ for a in arrays if not isinstance(a, mx.nd.NDArray)]
-    if wrong or not arrays:
-        raise TypeError(f"example_inputs must be NDArrays, got {wrong[0] if wrong else None}")
     names = ["data"] if len(arrays) == 1 else [f"data{i}" for i in range(len(arrays))]
     inputs = dict(zip(names, arrays))
     variables = iter([_variable_like(array, name) for name, array in inputs.items()])
@@ -74,6 +73,15 @@ def traced(
                 f"{type(error).__name__}: {first_line(error)}"
             ) from error
     return mx.sym.Group([o.as_nd_ndarray() for o in outputs if o is not None]), inputs
+
+
+def _leaves(values: Any) -> Iterator[Any]:
+    """Yield what nested lists and tuples hold."""
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from _leaves(value)
+        else:
+            yield value
 
 
 def _variable_like(array: Any, name: str) -> Any:

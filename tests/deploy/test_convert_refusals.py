@@ -2,7 +2,7 @@
 
 import json
 
-from scratchbn import ScratchBatchNorm, cli, convert_files, use_backend
+from scratchbn import ScratchBatchNorm, cli, convert_files, deploy, use_backend
 from scratchbn.backends.marker import KEY as MARKER
 from scratchbn.deploy._files import write_model
 
@@ -12,6 +12,10 @@ from converted_files import LAYERS, OTHER, check_training_agrees, export, operat
 from mxnet.gluon import HybridBlock
 
 from models.lenet import initialize, lenet
+
+
+def test_one_function_by_both_names():
+    assert deploy.convert_files is convert_files
 
 
 @pytest.mark.parametrize("option", [{"momentum": None}, {"unbiased_variance": True}], ids=str)
