@@ -33,6 +33,8 @@ def staged(path: PathLike) -> Iterator[Path]:
     """Offer a temporary path, of the same suffix; what is there at the end takes `path`'s place."""
     path = Path(path)
     check_directory(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{str(path)!r} is a directory: a file is to be written")
     with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=path.parent) as folder:
         file = Path(folder, path.name)
         yield file

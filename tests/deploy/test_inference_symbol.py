@@ -252,6 +252,14 @@ def test_an_unknown_rank_keeps_the_graph_and_a_shape_tells_it(tmp_path, rng):
     np.testing.assert_allclose(served(path, tmp_path / "net", x), y, **CLOSE["float32"])
 
 
+def test_a_rank_that_depends_on_a_length_keeps_the_graph(tmp_path, rng):
+    net = sequential(nn.HybridLambda("squeeze"), nn.BatchNorm())
+    exported(net, tmp_path / "net", rng, (2, 8, 1, 1))
+    path = write_inference_symbol(tmp_path / "net-symbol.json", shapes={"data": (2, 8, 1, 1)})
+    x = mx.nd.array(rng.normal(size=(2, 8, 8, 1)))
+    np.testing.assert_allclose(served(path, tmp_path / "net", x), net(x).asnumpy(), rtol=1e-5)
+
+
 def test_without_any_norm_the_graph_is_the_same(tmp_path, rng):
     x, y = exported(sequential(nn.Dense(3)), tmp_path / "net", rng, (2, 4))
     path = write_inference_symbol(tmp_path / "net-symbol.json")

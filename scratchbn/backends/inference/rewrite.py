@@ -49,7 +49,13 @@ def rewrite(
             return Rewritten(None, [kept[i] for i in sorted(kept)])
         collapse(graph, list(calls.values()))
         facts = dict(zip(calls, measure(graph, list(calls.values()))))
-        reasons = {i: _obstacle(facts[i]) or why_kept(call, facts[i]) for i, call in calls.items()}
+        unsteady = graph.without_rank()
+        reasons = {
+            i: "the rank of its input depends on lengths"
+            if call.node.inputs[0].node in unsteady
+            else _obstacle(facts[i]) or why_kept(call, facts[i])
+            for i, call in calls.items()
+        }
         unwanted = {i: (_mean_of(calls[i]), None, why) for i, why in reasons.items() if why}
         if not unwanted:
             break
