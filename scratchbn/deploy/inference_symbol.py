@@ -86,7 +86,7 @@ def write_inference_symbol(
     states of the first. So train with the first: a Trainer would move them by their gradients.
     Load the second with ``ignore_extra=True`` (``SymbolBlock.imports``) or ``allow_extra=True``
     (``Module.set_params``) if the model has parameters that only training needs: the count of
-    batches of ``momentum=None``.
+    batches of ``momentum=None``. It can be cast to float64, to float16 it cannot.
 
     Examples
     --------

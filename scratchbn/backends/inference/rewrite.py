@@ -155,7 +155,9 @@ def _arithmetic(call: Call, fact: Fact, own: Vectors, centred: bool) -> None:
     x = node.inputs[0]
     if not centred:
         sources = [x, along(own.shift, "shift")]
-        x = Output(Node("broadcast_add", f"{node.name}_centred", {}, sources))
+        shifted = Output(Node("broadcast_add", f"{node.name}_shifted", {}, sources))
+        # Of data with one channel the sum would have many: that is to be an error.
+        x = Output(Node("reshape_like", f"{node.name}_centred", {}, [shifted, x]))
     scaled = Output(Node("broadcast_mul", f"{node.name}_scaled", {}, [x, own.factor]))
     node.op, node.attrs = "broadcast_add", {}
     node.inputs = [scaled, along(_beta(call), "beta")]
