@@ -35,6 +35,9 @@ def test_center_is_noted(zero, rng, tmp_path):
     _, _, report = convert_files(symbol, params, to="builtin")
     assert ("is not 0" in report.notes[0].text) != zero
     assert "net_batchnorm0_beta" in report.notes[0].text
+    if not zero:
+        with pytest.raises(ValueError, match=r"at node 'net_batchnorm0_fwd' \(center=False, but"):
+            convert_files(symbol, params, to="builtin", shapes={"data": (4, 2)})
 
 
 @pytest.mark.parametrize("epsilon, off", [(1e-6, True), (1e-5, False)])
