@@ -43,6 +43,11 @@ def test_bad_arguments(arguments, options, error, match, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_prefix_that_was_left_out():
+    with pytest.raises(TypeError, match="prefix must be a str or a path, got NDArray"):
+        export_inference(ready(), mx.nd.ones((2, 3)))
+
+
 def test_bad_net(tmp_path):
     x = mx.nd.ones((2, 3))
     with pytest.raises(TypeError, match="net must be a gluon Block, got str"):
