@@ -8,11 +8,20 @@ from typing import Any
 
 import mxnet as mx
 from mxnet import autograd
-from mxnet.gluon import Block
+from mxnet.gluon import Block, SymbolBlock
 from mxnet.gluon.parameter import DeferredInitializationError
 
+from .._graph.arrays import is_numpy
 from .._graph.nodes import Graph
-from .._net import averaged, blocks_of, flatten, regroup, without_hooks
+from .._net import (
+    averaged,
+    blocks_of,
+    flatten,
+    graph_of,
+    regroup,
+    variables_of,
+    without_hooks,
+)
 from .._text import first_line
 from ..backends import use_backend
 from ..backends.marker import inference_markers
@@ -66,13 +75,22 @@ def traced(
     hooks_off = without_hooks(blocks_of(net))
     with autograd.pause(), hooks_off, mx.name.NameManager(), layers:
         try:
-            outputs, _ = flatten(net(*arguments))
+            outputs = _outputs(net, arguments)
         except Exception as error:  # user code, run on symbols
             raise ValueError(
                 f"{type(net).__name__} cannot be traced, is every block in it hybridizable? "
                 f"{type(error).__name__}: {first_line(error)}"
             ) from error
     return mx.sym.Group([o.as_nd_ndarray() for o in outputs if o is not None]), inputs
+
+
+def _outputs(net: Block, arguments: Any) -> list[Any]:
+    """Call a net on symbols."""
+    if isinstance(net, SymbolBlock) and is_numpy(graph_of(net)):  # which Gluon does not call
+        given = [a.as_nd_ndarray() for a in flatten(list(arguments))[0] if a is not None]
+        names = [variable.name for variable in variables_of(net)]
+        return [graph_of(net).as_nd_ndarray()(**dict(zip(names, given)))]
+    return flatten(net(*arguments))[0]
 
 
 def _leaves(values: Any) -> Iterator[Any]:
