@@ -125,6 +125,6 @@ def _named_in(error: Exception, offered: set[str]) -> set[str]:
     text = str(error)
     if "Only standard BatchNorm layer is supported" in text:
         return offered - {"pretrained_base"}
-    if "unexpected keyword argument" in text:
+    if "unexpected keyword argument" in text or "multiple values for keyword argument" in text:
         return {key for key in offered if f"'{key}'" in text}
     return set()

@@ -64,8 +64,17 @@ def check_traced(x: Array, axis: int) -> None:
         raise ValueError(_out_of_range(axis, shape))
 
 
+def check_array(x: Any) -> None:
+    """Check that data is an array or a symbol of MXNet."""
+    if not isinstance(x, (mx.nd.NDArray, mx.sym.Symbol)):
+        of_numpy = ": mx.nd.array(data) makes one of it" if isinstance(x, np.ndarray) else ""
+        raise TypeError(f"data must be an NDArray or a Symbol, got {type(x).__name__}{of_numpy}")
+
+
 def check_data(x: mx.nd.NDArray, axis: int, channels: int, held: Any) -> None:
     """Check data against a layer's axis, channels (0: not known yet) and Parameters' dtype."""
+    if x.stype != "default":
+        raise TypeError(f"data must be dense, got {x.stype}: call data.tostype('default')")
     if x.ndim < 2:
         raise ValueError(
             f"data must have at least 2 axes, a batch axis and a channel axis; got {x.shape}"

@@ -16,6 +16,7 @@ from mxnet.gluon.block import _flatten, _regroup
 from mxnet.gluon.nn.basic_layers import _BatchNorm
 from mxnet.symbol import Symbol
 
+from ._graph.arrays import is_numpy, to_numpy
 from .layer import ScratchBatchNorm
 
 # MXNet's operators that normalize as batch norm does.
@@ -144,6 +145,8 @@ def variables_of(block: SymbolBlock) -> list[Symbol]:
 
 def set_graph(block: SymbolBlock, symbol: Symbol) -> None:
     """Give a SymbolBlock another graph of the same inputs and Parameters."""
+    if is_numpy(graph_of(block)):  # JSON does not tell
+        symbol = to_numpy(symbol)
     block._cached_graph = block._cached_graph[0], symbol
     block._clear_cached_op()
 

@@ -14,7 +14,7 @@ class Options(dict[str, Any]):
 
     GluonCV's helpers among others read and edit ``layer._kwargs``, whose keys are `eps` and
     `fix_gamma`; what a constructor calls `epsilon` and `scale` is translated here and nowhere else.
-    Every key can be read as an attribute too.
+    Every key can be read and set as an attribute too, and so can `epsilon` and `scale`.
 
     Raises
     ------
@@ -60,6 +60,14 @@ class Options(dict[str, Any]):
             return self[name]
         except KeyError:
             raise AttributeError(f"there is no option {name!r}") from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "scale":
+            name, value = "fix_gamma", not check_flag("scale", value)
+        key = "eps" if name == "epsilon" else name
+        if key not in self:
+            raise AttributeError(f"there is no option {name!r}")
+        self[key] = value
 
     @property
     def epsilon(self) -> float:

@@ -16,8 +16,13 @@ PathLike = Union[str, "os.PathLike[str]"]
 UNFINISHED = ".unfinished-"
 
 
-def check_directory(path: PathLike) -> None:
-    """Raise FileNotFoundError if there is no directory for a file to be written to."""
+def check_directory(path: PathLike, name: str = "path") -> None:
+    """Raise FileNotFoundError if there is no directory for a file to be written to.
+
+    TypeError, with the argument's name, if it is no path.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{name} must be a str or a path, got {type(path).__name__}")
     if not Path(path).parent.is_dir():
         raise FileNotFoundError(f"the directory of {os.fspath(path)!r} does not exist")
 
@@ -33,6 +38,8 @@ def staged(path: PathLike) -> Iterator[Path]:
     """Offer a temporary path, of the same suffix; what is there at the end takes `path`'s place."""
     path = Path(path)
     check_directory(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{str(path)!r} is a directory: a file is to be written")
     with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=path.parent) as folder:
         file = Path(folder, path.name)
         yield file

@@ -141,13 +141,13 @@ def inverse_std(F: Any, variance: Array, epsilon: float) -> Array:
     """``1 / sqrt(sigma^2 + epsilon)`` of line 3, shape (C,).
 
     With epsilon 0 a channel of variance 0 gets the factor 0: it is normalized to 0 and passes no
-    gradient, where the formula alone would give NaN.
+    gradient, where the formula alone would give NaN. What is no variance gives NaN.
     """
     if epsilon > 0:
         return F.rsqrt(unfused(unfused(variance) + epsilon))
-    varies = variance > 0
-    safe = F.where(varies, variance, F.ones_like(variance))
-    return F.where(varies, F.rsqrt(safe), F.zeros_like(variance))
+    constant = variance == 0
+    safe = F.where(constant, F.ones_like(variance), variance)
+    return F.where(constant, F.zeros_like(variance), F.rsqrt(safe))
 
 
 def scale_and_shift(

@@ -12,6 +12,7 @@ from ._arguments import refuse_unknown
 from ._checks import check_flag, check_integer
 from ._data import (
     Initializer,
+    check_array,
     check_data,
     check_dtype,
     check_initializer,
@@ -262,7 +263,8 @@ class ScratchBatchNorm(HybridBlock):
             If the dtype is none of the four, or not the one the layer was cast to. Inside a
             hybridized net MXNet itself reports wrong shapes and types, as an MXNetError.
         """
-        if isinstance(x, mx.nd.NDArray):
+        check_array(x)
+        if not is_symbol(x):
             self._check_input(x)
             if x.dtype != self._traced_for:  # a graph is for 16 bits or not
                 self._clear_cached_op()

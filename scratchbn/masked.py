@@ -9,7 +9,8 @@ import mxnet as mx
 from mxnet.gluon import HybridBlock
 
 from . import functional
-from ._graph.arrays import Array, to_classic
+from ._data import check_array
+from ._graph.arrays import Array, is_symbol, to_classic
 from ._graph.mode import Select
 from ._graph.view import ChannelView
 from .layer import ScratchBatchNorm
@@ -89,7 +90,8 @@ class MaskedBatchNorm(ScratchBatchNorm):
         mask : NDArray, np.ndarray or Symbol, optional
             0 where `x` is padding; of `x`'s shape without the channel axis.
         """
-        if not isinstance(x, mx.nd.NDArray):
+        check_array(x)
+        if is_symbol(x):
             return super().forward(x) if mask is None else HybridBlock.forward(self, x, mask)
         if self._masks != (mask is not None) or x.dtype != self._traced_for:
             self._clear_cached_op()  # a graph has a mask or has none, and is for 16 bits or not

@@ -116,6 +116,18 @@ class Graph:
         """Count how often the outputs of each node are used."""
         return Counter(output.node for output in self.used())
 
+    def without_rank(self) -> set[Node]:
+        """Return the nodes whose output has more axes or fewer as lengths of the inputs change.
+
+        They are behind a squeeze of whichever axes have length 1.
+        """
+        found: set[Node] = set()
+        for node in self.nodes():
+            behind = any(source.node in found for source in node.inputs)
+            if _squeezes_any(node) or (behind and not _states_rank(node)):
+                found.add(node)
+        return found
+
     def symbol(self, heads: list[Output] | None = None) -> Any:
         """Return the graph as a Symbol, with other heads if given."""
         heads = heads or self.heads
@@ -148,3 +160,17 @@ class Graph:
         for node in self.nodes():
             node.inputs = [resolve(source) for source in node.inputs]
         self.heads = [resolve(head) for head in self.heads]
+
+
+def _squeezes_any(node: Node) -> bool:
+    return node.op in ("squeeze", "_np_squeeze") and node.attrs.get("axis", "None") == "None"
+
+
+def _states_rank(node: Node) -> bool:
+    """Tell whether an operator's output has the same number of axes whatever its input has."""
+    if node.op == "Reshape":
+        shape = node.integers("shape")
+        return bool(shape) and min(shape) >= -1
+    if node.op == "FullyConnected":
+        return node.flag("flatten", True)
+    return node.op in ("Convolution", "Deconvolution", "Flatten")

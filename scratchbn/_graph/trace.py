@@ -149,6 +149,8 @@ def _built_to_execute(build_cache: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(build_cache)
     def build(block: HybridBlock, *args: Any) -> None:
+        if block._backend:  # MXNet rewrites the graph it executes, and remembers no other
+            return build_cache(block, *args)
         if isinstance(block, SymbolBlock):  # it has a graph and nothing to trace
             build_cache(block, *args)
             return _tell_built(block, block._cached_graph[1].tojson())
@@ -161,7 +163,7 @@ def _built_to_execute(build_cache: Callable[..., None]) -> Callable[..., None]:
             raise
         text = block._cached_graph[1].tojson()
         _tell_built(block, text)
-        if _OURS.search(text) and not block._backend:
+        if _OURS.search(text):
             block._cached_graph = remembered
             block._get_graph(*args)
 
@@ -174,8 +176,6 @@ def when_built(built: Built) -> None:
 
 
 def _tell_built(block: HybridBlock, text: str) -> None:
-    if block._backend:  # the graph is another's
-        return
     is_data = [data for data, _ in block._cached_op_args]
     for built in _when_built:
         block._cached_op = built(

@@ -154,8 +154,8 @@ def set_backend(name: str) -> None:
     -----
     A hybridized net keeps what was chosen when it was traced: choose before its first call, or
     call ``hybridize()`` again. What ``export`` and ``save`` write is always the portable graph,
-    and so is a layer called on symbols unless 'native' was chosen by name. A layer that overrides
-    how it computes is always portable.
+    and so is what ``optimize_for`` hands to a backend of MXNet, and a layer called on symbols
+    unless 'native' was chosen by name. A layer that overrides how it computes is always portable.
     """
     _check(name)
     CHOSEN.set(name)

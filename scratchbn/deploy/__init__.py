@@ -15,6 +15,7 @@ from ._inference import complete_shapes as complete_shapes
 from ._report import FoldReport
 from .check import NotMeasuredError as NotMeasuredError
 from .check import largest_difference as largest_difference
+from .convert_files import convert_files
 from .export import export_inference, fold
 from .inference_symbol import write_compared as write_compared
 from .inference_symbol import write_inference_symbol
@@ -23,6 +24,7 @@ from .onnx import export_onnx
 __all__ = [
     "FoldReport",
     "builtin_copy",
+    "convert_files",
     "export_inference",
     "export_onnx",
     "fold",

@@ -8,6 +8,7 @@ from warnings import warn
 import mxnet as mx
 from mxnet.gluon import SymbolBlock
 
+from .._graph.arrays import is_numpy, to_numpy
 from .._graph.nodes import Graph
 from .._net import check_block, flatten, variables_of
 from ..backends import use_backend
@@ -83,6 +84,8 @@ def builtin_copy(net: Any, *example_inputs: Any) -> SymbolBlock:
         warn(f"{entry.path} was left as it is: {entry.text}", UserWarning, stacklevel=2)
     symbol = graph.symbol()
     variables = [mx.sym.var(name, dtype=array.dtype) for name, array in inputs.items()]
+    if any(is_numpy(array) for array in inputs.values()):
+        symbol, *variables = map(to_numpy, (symbol, *variables))
     block = _Copy(symbol, variables)
     copied = {name: value.copy() for name, value in named_for_file(symbol, values).items()}
     block.collect_params().load_dict(copied, mx.cpu(), cast_dtype=True, dtype_source="saved")

@@ -11,6 +11,7 @@ from typing import Any
 
 import mxnet as mx
 
+from .._checks import check_integer
 from .._graph.nodes import plain_numbers
 from .._text import first_line
 from .._writing import PathLike, write_files
@@ -137,10 +138,21 @@ def stated_shapes(symbol: Any, params: Mapping[str, Any]) -> dict[str, tuple[int
 def known_shapes(
     symbol: Any, params: Mapping[str, Any], given: Mapping[str, Iterable[int]] | None
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a symbol's inputs, stated or given; ValueError if one is no input."""
+    """Return the shapes of a symbol's inputs, stated or given.
+
+    TypeError or ValueError if one that is given is no shape or of no input.
+    """
+    if given is not None and not isinstance(given, Mapping):
+        raise TypeError(
+            f"shapes must map names of inputs to shapes, as {{'data': (1, 3, 224, 224)}}, "
+            f"got {given!r}"
+        )
     inputs = [name for name in symbol.list_inputs() if name not in params]
-    for name in given or {}:
+    more = {}
+    for name, shape in (given or {}).items():
         if name not in inputs:
             raise ValueError(f"shapes must name inputs ({', '.join(inputs)}), got {name!r}")
-    more = {name: tuple(shape) for name, shape in (given or {}).items()}
+        if isinstance(shape, str) or not isinstance(shape, Iterable):
+            raise TypeError(f"shapes[{name!r}] must be a tuple of integers, got {shape!r}")
+        more[name] = tuple(check_integer(f"shapes[{name!r}]", n, least=1) for n in shape)
     return {**stated_shapes(symbol, params), **more}

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
 import mxnet as mx
 from mxnet import autograd
-from mxnet.gluon import Block
+from mxnet.gluon import Block, SymbolBlock
 from mxnet.gluon.parameter import DeferredInitializationError
 
+from .._graph.arrays import is_numpy
 from .._graph.nodes import Graph
-from .._net import averaged, blocks_of, flatten, regroup, without_hooks
+from .._net import (
+    averaged,
+    blocks_of,
+    flatten,
+    graph_of,
+    regroup,
+    variables_of,
+    without_hooks,
+)
 from .._text import first_line
 from ..backends import use_backend
 from ..backends.marker import inference_markers
@@ -50,14 +59,13 @@ def traced(
     """Return the net's graph and its inputs by name; `layers` is how its norms are to compute."""
     if not example_inputs:
         raise ValueError("example_inputs must have the inputs the net takes, got none")
-    try:
-        flat, structure = flatten(list(example_inputs))
-    except ValueError as error:
-        raise TypeError(f"example_inputs must be NDArrays: {error}") from error
+    leaves = list(_leaves(example_inputs))
+    wrong = [a for a in leaves if not isinstance(a, (mx.nd.NDArray, type(None)))]
+    if wrong or not any(a is not None for a in leaves):
+        got = type(wrong[0]).__module__ + "." + type(wrong[0]).__name__ if wrong else None
+        raise TypeError(f"example_inputs must be NDArrays, in lists if nested, got {got}")
+    flat, structure = flatten(list(example_inputs))
     arrays = [a for a in flat if a is not None]
-    wrong = [type(a).__name__ for a in arrays if not isinstance(a, mx.nd.NDArray)]
-    if wrong or not arrays:
-        raise TypeError(f"example_inputs must be NDArrays, got {wrong[0] if wrong else None}")
     names = ["data"] if len(arrays) == 1 else [f"data{i}" for i in range(len(arrays))]
     inputs = dict(zip(names, arrays))
     variables = iter([_variable_like(array, name) for name, array in inputs.items()])
@@ -67,13 +75,31 @@ def traced(
     hooks_off = without_hooks(blocks_of(net))
     with autograd.pause(), hooks_off, mx.name.NameManager(), layers:
         try:
-            outputs, _ = flatten(net(*arguments))
+            outputs = _outputs(net, arguments)
         except Exception as error:  # user code, run on symbols
             raise ValueError(
                 f"{type(net).__name__} cannot be traced, is every block in it hybridizable? "
                 f"{type(error).__name__}: {first_line(error)}"
             ) from error
     return mx.sym.Group([o.as_nd_ndarray() for o in outputs if o is not None]), inputs
+
+
+def _outputs(net: Block, arguments: Any) -> list[Any]:
+    """Call a net on symbols."""
+    if isinstance(net, SymbolBlock) and is_numpy(graph_of(net)):  # which Gluon does not call
+        given = [a.as_nd_ndarray() for a in flatten(list(arguments))[0] if a is not None]
+        names = [variable.name for variable in variables_of(net)]
+        return [graph_of(net).as_nd_ndarray()(**dict(zip(names, given)))]
+    return flatten(net(*arguments))[0]
+
+
+def _leaves(values: Any) -> Iterator[Any]:
+    """Yield what nested lists and tuples hold."""
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from _leaves(value)
+        else:
+            yield value
 
 
 def _variable_like(array: Any, name: str) -> Any:

@@ -39,10 +39,13 @@ def verified(
 
 
 def _outcome(report: Any, node: str) -> str:
-    """Say which norms became part of a node."""
+    """Say which norms became part of a node, or what the report notes of it."""
     folded = getattr(report, "folded", ())
     norms = [line.node for line in folded if node in re.split(r"[ ,]+", line.result)]
-    return f", into which {', '.join(map(repr, norms))} was folded" if norms else ""
+    if norms:
+        return f", into which {', '.join(map(repr, norms))} was folded"
+    notes = [entry.text for entry in getattr(report, "notes", ()) if entry.name == node]
+    return f" ({'; '.join(notes)})" if notes else ""
 
 
 def verify(

@@ -66,7 +66,8 @@ def random_inputs(model: Model, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
                 )
         symbol.infer_shape(**{n: s for n, s in shapes.items() if n in symbol.list_inputs()})
     except mx.MXNetError as error:
-        raise ValueError(f"the model does not take {dict(shapes)}: {first_line(error)}") from error
+        given = {name: shape for name, shape in shapes.items() if name not in values}
+        raise ValueError(f"the model does not take {given}: {first_line(error)}") from error
     types, _ = infer_types(symbol, values, {})
     rng = np.random.default_rng(0)
     return {

@@ -111,7 +111,7 @@ def export_inference(
     check_choice("style", style, STYLES)
     if not 0 <= check_integer("epoch", epoch) <= 9999:
         raise ValueError(f"epoch must be between 0 and 9999, got {epoch!r}")
-    check_directory(prefix)
+    check_directory(prefix, "prefix")
     check_flag("verify", verify)
     symbol, values, inputs, report = lowered(net, example_inputs, folding=fold, style=style)
     if verify:

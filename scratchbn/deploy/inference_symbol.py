@@ -83,9 +83,10 @@ def write_inference_symbol(
     file does not describe, MXNet's with its statistics as outputs or for float16.
 
     To the second file all parameters are arguments, also running statistics, which are auxiliary
-    states of the first. Load it with ``ignore_extra=True`` (``SymbolBlock.imports``) or
-    ``allow_extra=True`` (``Module.set_params``) if the model has parameters that only training
-    needs: the count of batches of ``momentum=None``.
+    states of the first. So train with the first: a Trainer would move them by their gradients.
+    Load the second with ``ignore_extra=True`` (``SymbolBlock.imports``) or ``allow_extra=True``
+    (``Module.set_params``) if the model has parameters that only training needs: the count of
+    batches of ``momentum=None``. It can be cast to float64, to float16 it cannot.
 
     Examples
     --------

@@ -1,6 +1,7 @@
 """What the second graph of a live net computes: what its layers do, whatever changes."""
 
 from scratchbn import ScratchBatchNorm, ScratchBatchNormReLU, native, use_inference_graph
+from scratchbn._graph.nodes import Graph
 from scratchbn.variants import GhostBatchNorm
 
 import helpers
@@ -212,18 +213,35 @@ def test_layers_of_all_kinds(rng, with_kernel, layer, second):
     check(mixed, x)
 
 
-def test_a_rank_that_depends_on_a_length_runs_the_own_graph(rng, monkeypatch):
+def test_a_rank_that_depends_on_a_length_keeps_the_own_graph(rng, monkeypatch):
     monkeypatch.setattr(native, "available", lambda: False)
 
     class Squeezed(HybridBlock):
         def __init__(self):
             super().__init__()
-            self.norm = ScratchBatchNorm()
+            self.norm, self.dense, self.last = ScratchBatchNorm(), nn.Dense(4), ScratchBatchNorm()
 
         def hybrid_forward(self, F, x):
-            return self.norm(F.squeeze(x))
+            flat = F.flatten(self.norm(F.squeeze(x)))
+            mean = F.mean(flat, axis=1, keepdims=True)
+            return F.concat(flat, self.last(self.dense(mean)), dim=1)
 
     net = Squeezed()
+    ready(net, rng, (2, 8, 1, 1))
+    net.hybridize()
+    for shape in ((2, 8, 1, 1), (2, 8, 8, 1), (2, 8, 8, 8)):  # what is (1, 8) fits all of these
+        check(net, mx.nd.array(rng.normal(size=shape)))
+    (_, became), *more = net._cached_op.inference()
+    assert not more
+    assert [name for _, name, _ in became] == [None, "affine"]
+    assert became[0][2] == "the rank of its input depends on lengths"
+
+
+def test_what_the_second_graph_cannot_run_is_run_by_the_own(rng, monkeypatch):
+    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(Graph, "without_rank", lambda graph: set())
+    net = nn.HybridSequential()
+    net.add(nn.HybridLambda("squeeze"), ScratchBatchNorm())
     x = ready(net, rng, (2, 8, 1, 3))
     net.hybridize()
     check(net, x)

@@ -34,6 +34,8 @@ def test_it_goes_with_the_cache(rng):
     check(net, x)
     op = net._cached_op
     assert isinstance(op, TwoGraphs)
+    again = copy.copy(op)
+    assert again.inference() == op.inference()
     net.hybridize()
     assert net._cached_op is None
     copy.deepcopy(net)  # nothing is left that cannot be copied
@@ -119,6 +121,18 @@ def test_a_wrong_input_is_an_error_and_the_next_call_right(rng, with_kernel):
         with pytest.raises(mx.MXNetError, match=r"conv.*Shape inconsistent|attribute shape"):
             net(wrong)
         check(net, x)
+
+
+def test_data_with_one_channel_in_place_of_many_is_an_error(rng, monkeypatch):
+    monkeypatch.setattr(native, "available", lambda: False)
+    net = nn.HybridSequential()
+    net.add(ScratchBatchNorm(), nn.Dense(3))
+    x = ready(net, rng, (4, 8))
+    net.hybridize()
+    check(net, x)
+    with pytest.raises(mx.MXNetError):
+        net(x[:, :1])
+    check(net, x)
 
 
 def test_hooks_see_the_own_graph(rng):

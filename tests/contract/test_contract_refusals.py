@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 from scratchbn import ScratchBatchNorm, ScratchBatchNormReLU
+from scratchbn.masked import MaskedBatchNorm
 from scratchbn.parity.oracle import OracleBatchNorm
 
 import mxnet as mx
@@ -130,6 +131,26 @@ def test_bad_data_is_refused_and_changes_nothing(device, rng, case, training):
         y = layer(array(good, device, "float32"))
     oracle = OracleBatchNorm.fresh(3, **options)
     np.testing.assert_allclose(y.asnumpy(), oracle.train(good), **CLOSE["float32"])
+
+
+@pytest.mark.parametrize("layer_class", [ScratchBatchNorm, MaskedBatchNorm])
+@pytest.mark.parametrize("hybridize", [False, True])
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (lambda x: x.asnumpy(), ["data", "ndarray", "mx.nd.array(data)"]),
+        (lambda x: [x], ["data", "list"]),
+        (lambda x: None, ["data", "NoneType"]),
+        (lambda x: x.tostype("csr"), ["data", "csr", "tostype('default')"]),
+        (lambda x: x.tostype("row_sparse"), ["data", "row_sparse", "tostype('default')"]),
+    ],
+    ids=["NumPy", "list", "None", "csr", "row_sparse"],
+)
+def test_what_is_no_dense_array_is_refused(device, layer_class, hybridize, data, words):
+    layer = layer_class(in_channels=3)
+    layer.initialize(ctx=device)
+    layer.hybridize(hybridize)
+    error_text(lambda: layer(data(mx.nd.ones((2, 3), ctx=device))), *words)
 
 
 def test_float64_layers_refuse_float32_data(device):

@@ -109,7 +109,13 @@ def an_error_in_between(net, x):
         net(mx.nd.zeros((2, 5, 8, 8))).wait_to_read()
 
 
+def optimized_by_mxnet(net, x):
+    """What fuses operators remembers the graph that it has rewritten."""
+    net.optimize_for(x, backend="MKLDNN")
+
+
 BEFORE = (
+    optimized_by_mxnet,
     infer_shape,
     infer_type,
     summary,

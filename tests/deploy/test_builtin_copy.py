@@ -45,6 +45,15 @@ def train(net, data, labels, steps, size=50, rate=0.05):
     mx.nd.waitall()
 
 
+def test_numpy_semantics():
+    mx.npx.set_np()
+    net, x = small(), image().as_np_ndarray()
+    copy = builtin_copy(net, x)
+    for y in (copy(x), builtin_copy(copy, x)(x)):
+        assert isinstance(y, mx.np.ndarray)
+        np.testing.assert_allclose(y.asnumpy(), net(x).asnumpy(), rtol=1e-5, atol=1e-6)
+
+
 @pytest.fixture(scope="module")
 def trained():
     digits = load_sample()

@@ -2,7 +2,7 @@
 
 import json
 
-from scratchbn import ScratchBatchNorm, cli, convert_files, use_backend
+from scratchbn import ScratchBatchNorm, cli, convert_files, deploy, use_backend
 from scratchbn.backends.marker import KEY as MARKER
 from scratchbn.deploy._files import write_model
 
@@ -12,6 +12,10 @@ from converted_files import LAYERS, OTHER, check_training_agrees, export, operat
 from mxnet.gluon import HybridBlock
 
 from models.lenet import initialize, lenet
+
+
+def test_one_function_by_both_names():
+    assert deploy.convert_files is convert_files
 
 
 @pytest.mark.parametrize("option", [{"momentum": None}, {"unbiased_variance": True}], ids=str)
@@ -31,6 +35,9 @@ def test_center_is_noted(zero, rng, tmp_path):
     _, _, report = convert_files(symbol, params, to="builtin")
     assert ("is not 0" in report.notes[0].text) != zero
     assert "net_batchnorm0_beta" in report.notes[0].text
+    if not zero:
+        with pytest.raises(ValueError, match=r"at node 'net_batchnorm0_fwd' \(center=False, but"):
+            convert_files(symbol, params, to="builtin", shapes={"data": (4, 2)})
 
 
 @pytest.mark.parametrize("epsilon, off", [(1e-6, True), (1e-5, False)])

@@ -30,7 +30,8 @@ def ready(rng=None):
         ),
         ([mx.nd.ones((2, 3))], {"epoch": 1.5}, TypeError, "epoch must be an integer, got 1.5"),
         ([], {}, ValueError, "example_inputs must have the inputs the net takes, got none"),
-        ([np.ones((2, 3))], {}, TypeError, "example_inputs must be NDArrays"),
+        ([np.ones((2, 3))], {}, TypeError, "must be NDArrays.*, got numpy.ndarray$"),
+        ([[mx.nd.ones((2, 3)), "x"]], {}, TypeError, "must be NDArrays.*, got builtins.str$"),
         ([None], {}, TypeError, "example_inputs must be NDArrays"),
         ([mx.nd.ones((2, 7))], {}, ValueError, "do not match the symbol.*dense"),
         ([mx.nd.ones((2, 3))] * 2, {}, ValueError, "HybridSequential cannot be traced"),
@@ -40,6 +41,11 @@ def test_bad_arguments(arguments, options, error, match, tmp_path):
     with pytest.raises(error, match=match):
         export_inference(ready(), tmp_path / "net", *arguments, **options)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_prefix_that_was_left_out():
+    with pytest.raises(TypeError, match="prefix must be a str or a path, got NDArray"):
+        export_inference(ready(), mx.nd.ones((2, 3)))
 
 
 def test_bad_net(tmp_path):

@@ -251,3 +251,14 @@ def test_models_are_compared_as_they_are_written_and_in_silence(rng, monkeypatch
     assert difference < 1e-5 * size
     assert os.environ["MXNET_SUBGRAPH_BACKEND"] == "MKLDNN"
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("style", ["dwconv", "affine"])
+def test_a_rank_that_depends_on_a_length(style, rng):
+    symbol = bn(S.squeeze(S.var("data")))
+    params = values(symbol, rng, (2, 4, 1, 1))
+    *model, report = fold(symbol, params, shapes={"data": (2, 4, 1, 1)}, style=style)
+    assert "depends on lengths" in str(report)
+    for shape in ((2, 4, 1, 1), (2, 4, 4, 1), (2, 4, 4, 4)):  # what is (1, 4) fits all of these
+        difference, size = largest_difference((symbol, params), model, {"data": shape})
+        assert difference < EXACT * size

@@ -252,6 +252,22 @@ def test_an_unknown_rank_keeps_the_graph_and_a_shape_tells_it(tmp_path, rng):
     np.testing.assert_allclose(served(path, tmp_path / "net", x), y, **CLOSE["float32"])
 
 
+def test_a_rank_that_depends_on_a_length_keeps_the_graph(tmp_path, rng):
+    net = sequential(nn.HybridLambda("squeeze"), nn.BatchNorm())
+    exported(net, tmp_path / "net", rng, (2, 8, 1, 1))
+    path = write_inference_symbol(tmp_path / "net-symbol.json", shapes={"data": (2, 8, 1, 1)})
+    x = mx.nd.array(rng.normal(size=(2, 8, 8, 1)))
+    np.testing.assert_allclose(served(path, tmp_path / "net", x), net(x).asnumpy(), rtol=1e-5)
+
+
+@norms
+def test_data_with_one_channel_in_place_of_many_is_an_error(tmp_path, rng, norm):
+    x, _ = exported(sequential(norm(), nn.Dense(3)), tmp_path / "net", rng, (4, 8))
+    path = write_inference_symbol(tmp_path / "net-symbol.json", shapes={"data": (4, 8)})
+    with pytest.raises(mx.MXNetError):
+        served(path, tmp_path / "net", x[:, :1])
+
+
 def test_without_any_norm_the_graph_is_the_same(tmp_path, rng):
     x, y = exported(sequential(nn.Dense(3)), tmp_path / "net", rng, (2, 4))
     path = write_inference_symbol(tmp_path / "net-symbol.json")

@@ -173,12 +173,21 @@ def test_the_node_that_cannot_be_translated_is_named(rng, tmp_path):
     assert (tmp_path / "net.onnx").read_text() == "precious"
 
 
+def test_an_example_need_not_be_where_the_net_is(second_device, tmp_path):
+    net = ScratchBatchNorm(in_channels=3)
+    net.initialize(ctx=second_device)
+    export_onnx(net, tmp_path / "net.onnx", mx.nd.ones((2, 3)))
+    assert os.listdir(tmp_path) == ["net.onnx"]
+
+
 def test_bad_input(tmp_path, monkeypatch):
     net = ScratchBatchNorm(in_channels=3)
     net.initialize()
     x = mx.nd.ones((2, 3))
     with pytest.raises(FileNotFoundError, match=r"the directory of .* does not exist"):
         export_onnx(net, tmp_path / "nowhere" / "net.onnx", x)
+    with pytest.raises(TypeError, match="path must be a str or a path, got NDArray"):
+        export_onnx(net, x)
     with pytest.raises(TypeError, match="net must be a gluon Block"):
         export_onnx(None, tmp_path / "net.onnx", x)
     monkeypatch.setitem(sys.modules, "onnx", None)

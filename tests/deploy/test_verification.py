@@ -319,6 +319,16 @@ def test_shapes_that_are_not_known(rng):
     assert fold(stated, params)[2].comparison.size > 0
     with pytest.raises(ValueError, match=r"shapes must name inputs \(data\), got 'dat'"):
         convert_files(symbol, params, to="scratch", shapes={"dat": SHAPE})
+    for wrong, error, said in (
+        ("4,3", TypeError, "shapes must map names of inputs to shapes, .*got '4,3'"),
+        (SHAPE, TypeError, "shapes must map names of inputs to shapes"),
+        ({"data": 4}, TypeError, r"shapes\['data'\] must be a tuple of integers, got 4"),
+        ({"data": "4,3"}, TypeError, r"shapes\['data'\] must be a tuple of integers, got '4,3'"),
+        ({"data": (2.0, 3)}, TypeError, r"shapes\['data'\] must be an integer, got 2.0"),
+        ({"data": (-1, *SHAPE[1:])}, ValueError, r"shapes\['data'\] must be at least 1, got -1"),
+    ):
+        with pytest.raises(error, match=said):
+            fold(symbol, params, shapes=wrong)
     for action in (fold, lambda *m, **o: convert_files(*m, to="scratch", **o)):
         with pytest.raises(TypeError, match="verify must be True or False, got 'no'"):
             action(symbol, params, verify="no")

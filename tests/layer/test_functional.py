@@ -127,6 +127,13 @@ def test_inverse_std_of_nothing_is_0_without_epsilon():
     np.testing.assert_allclose(variance.grad.asnumpy(), [0, -0.5 * 4**-1.5])
 
 
+@pytest.mark.parametrize("epsilon", [0, 1e-5])
+def test_inverse_std_of_what_is_no_variance_is_nan(epsilon):
+    variance = float64([np.nan, -1, np.inf])
+    found = functional.inverse_std(nd, variance, epsilon).asnumpy()
+    np.testing.assert_array_equal(found, [np.nan, np.nan, 0])
+
+
 @pytest.mark.parametrize("shape", ANY_SHAPE)
 def test_scale_and_shift(shape, rng):
     x, gamma, beta = rng.normal(2, 3, shape), rng.normal(size=3), rng.normal(size=3)

@@ -67,6 +67,21 @@ def test_one_dict_under_two_names():
         layer.options.gamma  # noqa: B018
 
 
+def test_an_attribute_is_the_option_itself():
+    options = ScratchBatchNorm().options
+    options.epsilon, options.scale, options.momentum = 0.5, False, 0.25
+    assert (options["eps"], options["fix_gamma"], options["momentum"]) == (0.5, True, 0.25)
+    assert not vars(options)
+    for name, value, error, said in [
+        ("momentum", 2, ValueError, "momentum must be between 0 and 1, or None, got 2"),
+        ("scale", 1, TypeError, "scale must be True or False, got 1"),
+        ("epsilom", 1, AttributeError, "there is no option 'epsilom'"),
+    ]:
+        with pytest.raises(error, match=said):
+            setattr(options, name, value)
+    assert (options.epsilon, options.scale, options.momentum) == (0.5, False, 0.25)
+
+
 def pickled(options):
     return pickle.loads(pickle.dumps(options))
 

@@ -281,3 +281,16 @@ def test_a_detector_with_an_imported_backbone():
     assert len(to_builtin(net, report=True)[1].converted) == 35
     np.testing.assert_allclose(net(x)[1].asnumpy(), scores, rtol=1e-3, atol=1e-4)
     assert len(freeze(net, report=True)[1]) == 35
+
+
+def test_numpy_semantics_stay():
+    net = live()
+    x = batches(1)[0]
+    expected = net(x).asnumpy()
+    mx.npx.set_np()
+    block = SymbolBlock(net(x_symbol := mx.sym.var("data").as_np_ndarray()), x_symbol)
+    block.collect_params().load_dict({n: p.data() for n, p in net.collect_params().items()})
+    for action in (to_builtin, to_scratch, freeze, unfreeze):
+        y = action(block)(x.as_np_ndarray())
+        assert isinstance(y, mx.np.ndarray), action
+        np.testing.assert_allclose(y.asnumpy(), expected, rtol=1e-5, atol=1e-6)

@@ -67,9 +67,14 @@ def test_a_net_with_the_built_in_is_the_one_of_the_zoo():
     assert len(layers_of(net, nn.BatchNorm)) == 37
 
 
-def test_a_net_that_supports_the_built_in_only_is_converted():
-    net = zoo.get_model("center_net_mobilenetv3_small_duc_voc")
-    assert len(layers_of(net, ScratchBatchNorm)) == 37
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("center_net_mobilenetv3_small_duc_voc", 37), ("alpha_pose_resnet101_v1b_coco", 106)],
+    ids=["not asked for", "asked for by the net itself"],
+)
+def test_a_net_that_supports_the_built_in_only_is_converted(name, layers):
+    net = zoo.get_model(name)
+    assert len(layers_of(net, ScratchBatchNorm)) == layers
     assert not layers_of(net, _BatchNorm)
 
 

@@ -49,7 +49,13 @@ def rewrite(
             return Rewritten(None, [kept[i] for i in sorted(kept)])
         collapse(graph, list(calls.values()))
         facts = dict(zip(calls, measure(graph, list(calls.values()))))
-        reasons = {i: _obstacle(facts[i]) or why_kept(call, facts[i]) for i, call in calls.items()}
+        unsteady = graph.without_rank()
+        reasons = {
+            i: "the rank of its input depends on lengths"
+            if call.node.inputs[0].node in unsteady
+            else _obstacle(facts[i]) or why_kept(call, facts[i])
+            for i, call in calls.items()
+        }
         unwanted = {i: (_mean_of(calls[i]), None, why) for i, why in reasons.items() if why}
         if not unwanted:
             break
@@ -149,7 +155,9 @@ def _arithmetic(call: Call, fact: Fact, own: Vectors, centred: bool) -> None:
     x = node.inputs[0]
     if not centred:
         sources = [x, along(own.shift, "shift")]
-        x = Output(Node("broadcast_add", f"{node.name}_centred", {}, sources))
+        shifted = Output(Node("broadcast_add", f"{node.name}_shifted", {}, sources))
+        # Of data with one channel the sum would have many: that is to be an error.
+        x = Output(Node("reshape_like", f"{node.name}_centred", {}, [shifted, x]))
     scaled = Output(Node("broadcast_mul", f"{node.name}_scaled", {}, [x, own.factor]))
     node.op, node.attrs = "broadcast_add", {}
     node.inputs = [scaled, along(_beta(call), "beta")]

@@ -20,7 +20,7 @@ def emit(lowering: Lowering, norm: Norm, reason: str, style: str) -> None:
         result = _as_batch_norm(lowering, norm)
     elif rank is None:
         result = _as_batch_norm(lowering, norm)
-        reason = "the rank of its input is unknown: give the input shapes"
+        reason = norm.why_no_rank
     elif (
         style == "dwconv"
         and 3 <= rank <= 5

@@ -42,11 +42,14 @@ def infer(
     part = graph.symbol([*graph.heads, *sources])
     types, found = types_and_shapes(part, values, shapes, dtypes)
     ranks = ranks_of(graph) if found is None else {}
+    unsteady = graph.without_rank()
     for i, norm in enumerate(norms, start=len(graph.heads)):
         norm.dtype = types[i] or norm.dtype
         shape = found[i] if found else None
         norm.rank = len(shape) if shape else ranks.get(norm.node.inputs[0].node)
         _check(norm, shape)
+        if norm.node.inputs[0].node in unsteady:  # what is right for these shapes is not for others
+            norm.rank, norm.why_no_rank = None, "the rank of its input depends on lengths"
 
 
 def types_and_shapes(

@@ -23,7 +23,7 @@ class Norm:
     """A batch normalization in inference, of C channels on `axis`, as ``scale * x + shift``.
 
     `scale` and `shift` are float64. `original` has the attributes and parameters for a BatchNorm
-    node, unless two norms were merged.
+    node, unless two norms were merged. `rank` is that of its input.
     """
 
     node: Node
@@ -34,6 +34,7 @@ class Norm:
     dtype: np.dtype[Any]
     relu: bool = False
     rank: int | None = None
+    why_no_rank: str = "the rank of its input is unknown: give the input shapes"
 
     def channel_axis(self) -> int:
         """Return the axis counted from the start if the rank is known."""

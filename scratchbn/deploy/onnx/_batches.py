@@ -10,7 +10,7 @@ import numpy as np
 from mxnet import autograd
 from mxnet.gluon import Block
 
-from ..._net import blocks_of, flatten, regroup, without_hooks
+from ..._net import blocks_of, devices_of, flatten, regroup, without_hooks
 from ..check import varied
 
 Arrays = list[np.ndarray]
@@ -21,21 +21,22 @@ class Reference:
 
     def __init__(self, net: Block, example_inputs: tuple[Any, ...]) -> None:
         self._net = net
+        self._devices = devices_of(net)
         self._flat, self._structure = flatten(list(example_inputs))
         self.example: Arrays = [a.asnumpy() for a in self._flat if a is not None]
 
     def run(self, arrays: Arrays) -> Arrays:
         """Return the outputs in order."""
         new = iter(arrays)
-        flat = [None if like is None else _array(next(new), like) for like in self._flat]
+        flat = [None if like is None else self._array(next(new), like) for like in self._flat]
         with autograd.pause(), without_hooks(blocks_of(self._net)):
             outputs, _ = flatten(self._net(*regroup(flat, self._structure)))
         return [output.asnumpy() for output in outputs if output is not None]
 
-
-def _array(values: np.ndarray, like: Any) -> Any:
-    make = mx.np.array if isinstance(like, mx.np.ndarray) else mx.nd.array
-    return make(values, dtype=like.dtype, ctx=like.ctx)
+    def _array(self, values: np.ndarray, like: Any) -> Any:
+        make = mx.np.array if isinstance(like, mx.np.ndarray) else mx.nd.array
+        elsewhere = self._devices and like.ctx not in self._devices
+        return make(values, dtype=like.dtype, ctx=self._devices[0] if elsewhere else like.ctx)
 
 
 def probes(example: Arrays) -> list[Arrays]:
