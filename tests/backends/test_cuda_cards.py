@@ -1,5 +1,7 @@
 """Which code a card is given, and what is said where it takes none; on the stand-in of a driver."""
 
+import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -103,6 +105,17 @@ def test_auto_says_why_a_card_is_not_used(operator, card, monkeypatch):
     assert "does not take the kernels: cuModuleLoadData: CUDA error 209" in cuda.facts()["problem"]
     with pytest.raises(BackendError, match="no kernel image for the device"):
         cuda.load({number})
+
+
+def test_what_is_loaded_outlives_what_is_static(tmp_path):
+    program = tmp_path / "at_exit"
+    include = ["-I", str(cuda_on_cpu.SOURCES)]
+    source = str(cuda_on_cpu.HERE / "at_exit.cc")
+    command = [native.compiler(), "-std=c++17", *include, source, "-o", str(program), "-ldl"]
+    subprocess.run(command, check=True)
+    # What is freed is overwritten.
+    more = {"SCRATCHBN_LIBCUDA": str(cuda_on_cpu.Driver().path), "MALLOC_PERTURB_": "165"}
+    assert subprocess.run([program], env={**os.environ, **more}).returncode == 0
 
 
 def test_the_kit_installs_a_compiler_where_there_is_none(monkeypatch, tmp_path):
