@@ -3,8 +3,8 @@
 // threads of a block are contexts that take turns between barriers; a block has one CPU thread.
 //
 // Under ThreadSanitizer it finds what is read and written with no barrier between, by threads of a
-// block or of several: each context is a thread to it, whose order with others is that of barriers,
-// and that of fences among those who fence.
+// block or of several: each context is a thread to it, whose order with others is that of barriers
+// and fences.
 #pragma once
 
 #include <ucontext.h>
@@ -48,7 +48,7 @@ inline Triple of_grid() { return grid; }
 struct Thread {
   ucontext_t context;
   bool finished;
-  unsigned barriers = 0;  // that it has come to
+  unsigned barriers = 0, fences = 0;  // that it has come to
   void* fiber = nullptr;
 };
 
@@ -144,9 +144,11 @@ inline void __syncthreads() {
   heed(barrier);
 }
 
+// They come in pairs: what is before the one, and a count, is seen after a later count and the other.
 inline void __threadfence() {
+  using namespace cuda_on_cpu;
   std::atomic_thread_fence(std::memory_order_seq_cst);
-  cuda_on_cpu::heed(&cuda_on_cpu::fences), cuda_on_cpu::tell(&cuda_on_cpu::fences);
+  threads[running].fences++ % 2 ? heed(&fences) : tell(&fences);
 }
 
 inline unsigned atomicInc(unsigned* at, unsigned most) {
