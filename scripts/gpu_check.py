@@ -16,12 +16,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from gpu_kit.code import code_for
-from gpu_kit.on_torch import TYPES, TorchArrays, TorchPeer
-from gpu_kit.operator import Operator
-from gpu_kit.report import report
-from gpu_kit.speed import Clock, EventClock
+try:
+    import torch
+    from gpu_kit.code import code_for
+    from gpu_kit.on_torch import TYPES, TorchArrays, TorchPeer
+    from gpu_kit.operator import Operator
+    from gpu_kit.report import report
+    from gpu_kit.speed import Clock, EventClock
+except ModuleNotFoundError as error:
+    if error.name not in ("numpy", "torch"):
+        raise
+    sys.exit(f"gpu_check: needs {error.name}: {sys.executable} -m pip install numpy torch")
 
 KIT = Path(__file__).resolve().parents[1] / "build" / "gpu-kit"
 

@@ -26,6 +26,8 @@ NEWER = 999  # a card of the future: PTX
 def prepare(folder: Path, capabilities: tuple[int, ...]) -> None:
     """Write the operator's library, the library of threads that it needs, and code for cards."""
     folder.mkdir(parents=True, exist_ok=True)
+    for old in (*folder.glob("sm_*.cubin"), *folder.glob("compute_*.ptx")):
+        old.unlink()  # code of other sources than the operator's would be given the wrong arguments
     shutil.copyfile(native.build(), folder / "operator.so")
     command = [native.compiler() or "c++", "-print-file-name=libgomp.so.1"]
     threads = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()

@@ -105,41 +105,55 @@ def seconds(call: Call, clock: Clock) -> float:
 def measure(
     operator: Operator, arrays: Arrays, peer: Peer, clock: Clock, mebibytes: Iterable[float],
     dtype: str,
-) -> Iterator[Measured]:  # fmt: skip
-    """Yield what is measured, for each layout and size."""
-    size = np.dtype(dtype).itemsize
+) -> Iterator[Measured | str]:  # fmt: skip
+    """Yield what is measured for each layout and size, or what the device has no memory for."""
     for layout, axis in (("NCHW", 1), ("NHWC", 3)):
         for mebi in mebibytes:
-            samples = max(int(mebi * 2**20 / size / (CHANNELS * SIDE * SIDE)), 1)
-            image = (CHANNELS, SIDE, SIDE) if axis == 1 else (SIDE, SIDE, CHANNELS)
-            x, dy = (arrays.draw((samples, *image), dtype) for _ in range(2))
-            state = make_state(arrays, CHANNELS, dtype, 0.0, TRAINING)
-            options = {"axis": axis}
-            out, into = outputs_for(operator, arrays, x, options), gradients_for(arrays, x, state)
-            calls: tuple[Call, Call] = (
-                partial(forward, operator, arrays, x, state, options, out),
-                partial(backward, operator, arrays, dy, x, state, out, options, into),
-            )
-            nbytes = samples * CHANNELS * SIDE * SIDE * size
-            copy = 2 * nbytes / seconds(partial(peer.copy, out.y, x), clock) / 1e9
-            theirs = peer.batch_norm(x, dy, state, axis)
-            ours, peers = (
-                tuple(n * nbytes / seconds(f, clock) / 1e9 for n, f in zip(PASSES.values(), pair))
-                for pair in (calls, theirs)
-            )
-            yield Measured(layout, nbytes / 2**20, copy, ours, peers)
+            try:
+                yield _measure(operator, arrays, peer, clock, mebi, dtype, layout, axis)
+            except RuntimeError as error:
+                if "out of memory" not in str(error):
+                    raise
+                yield f"{dtype}, {layout}, {mebi:g} MiB: the card has no memory for it."
 
 
-def table(measured: Iterable[Measured], dtype: str, peer: str) -> Iterator[str]:
-    """Yield a Markdown table, a line each."""
+def _measure(
+    operator: Operator, arrays: Arrays, peer: Peer, clock: Clock, mebi: float, dtype: str,
+    layout: str, axis: int,
+) -> Measured:  # fmt: skip
+    size = np.dtype(dtype).itemsize
+    samples = max(int(mebi * 2**20 / size / (CHANNELS * SIDE * SIDE)), 1)
+    image = (CHANNELS, SIDE, SIDE) if axis == 1 else (SIDE, SIDE, CHANNELS)
+    x, dy = (arrays.draw((samples, *image), dtype) for _ in range(2))
+    state = make_state(arrays, CHANNELS, dtype, 0.0, TRAINING)
+    options = {"axis": axis}
+    out, into = outputs_for(operator, arrays, x, options), gradients_for(arrays, x, state)
+    calls: tuple[Call, Call] = (
+        partial(forward, operator, arrays, x, state, options, out),
+        partial(backward, operator, arrays, dy, x, state, out, options, into),
+    )
+    nbytes = samples * CHANNELS * SIDE * SIDE * size
+    copy = 2 * nbytes / seconds(partial(peer.copy, out.y, x), clock) / 1e9
+    theirs = peer.batch_norm(x, dy, state, axis)
+    ours, peers = (
+        tuple(n * nbytes / seconds(f, clock) / 1e9 for n, f in zip(PASSES.values(), pair))
+        for pair in (calls, theirs)
+    )
+    return Measured(layout, nbytes / 2**20, copy, ours, peers)
+
+
+def heading(peer: str) -> list[str]:
+    """Return the first lines of a Markdown table."""
     parts = " | ".join(f"{k} GB/s | of copy | {peer} GB/s | time {peer} / ours" for k in PASSES)
-    yield f"| type, layout | MiB | copy GB/s | {parts} |"
-    yield "| - " * 11 + "|"
-    for row in measured:
-        cells = [f"{dtype}, {row.layout}", f"{row.mebibytes:.1f}", f"{row.copy:.0f}"]
-        for ours, of_copy, other, of_peer in zip(row.ours, row.of_copy, row.peers, row.of_peer):
-            cells += [f"{ours:.0f}", f"{of_copy:.2f}", f"{other:.0f}", f"{of_peer:.2f}"]
-        yield "| " + " | ".join(cells) + " |"
+    return [f"| type, layout | MiB | copy GB/s | {parts} |", "| - " * 11 + "|"]
+
+
+def line(row: Measured, dtype: str) -> str:
+    """Return a line of the table."""
+    cells = [f"{dtype}, {row.layout}", f"{row.mebibytes:.1f}", f"{row.copy:.0f}"]
+    for ours, of_copy, other, of_peer in zip(row.ours, row.of_copy, row.peers, row.of_peer):
+        cells += [f"{ours:.0f}", f"{of_copy:.2f}", f"{other:.0f}", f"{of_peer:.2f}"]
+    return "| " + " | ".join(cells) + " |"
 
 
 def verdict(measured: list[Measured], peer: str) -> list[str]:

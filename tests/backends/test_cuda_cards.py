@@ -1,5 +1,7 @@
 """Which code a card is given, and what is said where it takes none; on the stand-in of a driver."""
 
+import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -101,8 +103,29 @@ def test_auto_says_why_a_card_is_not_used(operator, card, monkeypatch):
     monkeypatch.setattr(_load, "image", lambda capability: cuda_on_cpu.ptx(90))
     assert not cuda.available({number})
     assert "does not take the kernels: cuModuleLoadData: CUDA error 209" in cuda.facts()["problem"]
-    with pytest.raises(BackendError, match="no kernel image for the device"):
+    with pytest.raises(BackendError, match=r"no kernel image .*build-native --force"):
         cuda.load({number})
+
+
+def test_the_kit_keeps_no_code_of_other_sources(tmp_path, monkeypatch):
+    nvrtc = SimpleNamespace(architectures=lambda: [80, 90], compile=lambda target: (b"new", ""))
+    monkeypatch.setattr(prepare, "find_nvrtc", lambda: nvrtc)
+    for name in ("sm_70.cubin", "sm_80.cubin", "compute_80.ptx"):
+        (tmp_path / name).write_bytes(b"old")
+    prepare.prepare(tmp_path, (86,))
+    code = {file.name: file.read_bytes() for file in tmp_path.glob("*_*.*")}
+    assert code == {"sm_80.cubin": b"new", "compute_90.ptx": b"new"}
+
+
+def test_what_is_loaded_outlives_what_is_static(tmp_path):
+    program = tmp_path / "at_exit"
+    include = ["-I", str(cuda_on_cpu.SOURCES)]
+    source = str(cuda_on_cpu.HERE / "at_exit.cc")
+    command = [native.compiler(), "-std=c++17", *include, source, "-o", str(program), "-ldl"]
+    subprocess.run(command, check=True)
+    # What is freed is overwritten.
+    more = {"SCRATCHBN_LIBCUDA": str(cuda_on_cpu.Driver().path), "MALLOC_PERTURB_": "165"}
+    assert subprocess.run([program], env={**os.environ, **more}).returncode == 0
 
 
 def test_the_kit_installs_a_compiler_where_there_is_none(monkeypatch, tmp_path):

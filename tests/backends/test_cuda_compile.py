@@ -33,6 +33,15 @@ def nvrtc():
         pytest.skip(str(error))
 
 
+@pytest.fixture(scope="module")
+def ptx(nvrtc):
+    """What is made for cards newer than NVRTC, by kernel."""
+    target = choose_target(999, nvrtc.architectures())
+    assert not target.is_machine_code
+    entries = re.split(r"\.entry ", nvrtc.compile(target)[0].decode())[1:]
+    return {entry.partition("(")[0]: entry for entry in entries}
+
+
 # From the oldest to the newest; the others take some 6 s each and differ from these by little.
 @pytest.mark.parametrize("capability", [50, 75, 80, 90])
 def test_kernels_compile_without_spills(nvrtc, capability):
@@ -45,20 +54,27 @@ def test_kernels_compile_without_spills(nvrtc, capability):
     assert {name: n[2] for name, n in found.items() if n[2] > MOST_REGISTERS} == {}
 
 
-def test_for_newer_cards_there_is_ptx_whose_loads_are_vectors(nvrtc):
-    target = choose_target(999, nvrtc.architectures())
-    assert not target.is_machine_code
-    text = nvrtc.compile(target)[0].decode()
-    entries = re.split(r"\.entry ", text)[1:]
-    assert len(entries) == KERNELS
+def test_for_newer_cards_there_is_ptx_whose_loads_are_vectors(ptx):
+    assert len(ptx) == KERNELS
     wide = {"float_4": "v4.f32", "double_2": "v2.f64", "half_4": "v4.u16"}
-    for entry in entries:
-        name = entry.partition("(")[0]
+    for name, entry in ptx.items():
         kind = next((kind for kind in wide if name.endswith(kind)), None)
         if kind is not None:
             assert f"ld.global.{wide[kind]}" in entry, name
         if name.endswith(("double", "double_1", "double_2")):
             assert not re.search(r"cvt\S*\.f32\.f64", entry), f"{name} computes in float32"
+
+
+def test_the_last_block_sees_what_the_others_left(ptx):
+    """What an emulation cannot show: fences on both sides of the count, loads past the cache."""
+    words = r"bar\.sync|membar\.gl|atom\.global\.inc\.u32|ld\.volatile\.global\.f64"
+    read = "ld.volatile.global.f64 " * 2  # both sums of an entry
+    counted = f"membar.gl bar.sync atom.global.inc.u32 bar.sync membar.gl {read.strip()}"
+    for name, entry in ptx.items():
+        found = re.findall(words, entry)
+        counts = 2 if name.startswith(("moments", "gradient_sums")) else 0
+        assert found.count("atom.global.inc.u32") == counts, name
+        assert " ".join(found).count(counted) == counts, name
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import ctypes
 import hashlib
 import os
+import shlex
 import subprocess
 
 from scratchbn import native
@@ -37,10 +38,15 @@ class HostMemory:
 
 
 class Driver:
-    """The driver's stand-in, built once for each state of its sources."""
+    """The driver's stand-in, built once for each state of its sources.
+
+    The variable CUDA_ON_CPU_CXXFLAGS adds flags: ``-mfma -ffp-contract=fast`` for products and sums
+    that are rounded once, as on a card, or ``-g -fsanitize=thread``, see ``cuda_on_cpu.h``.
+    """
 
     def __init__(self):
-        digest = hashlib.sha256(str(native.compiler()).encode())
+        flags = os.environ.get("CUDA_ON_CPU_CXXFLAGS", "")
+        digest = hashlib.sha256(f"{native.compiler()} {flags}".encode())
         for folder in (HERE, SOURCES):
             for file in sorted(folder.glob("*.*")):
                 if file.suffix in (".cc", ".cu", ".h"):
@@ -50,9 +56,9 @@ class Driver:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with staged(self.path) as library:
                 command = [
-                    native.compiler(), "-std=c++17", "-O2", "-fPIC", "-shared",
-                    "-Wno-unknown-pragmas", "-I", HERE, "-I", SOURCES, HERE / "libcuda.cc",
-                    "-o", library,
+                    native.compiler(), "-std=c++17", "-O2", "-fPIC", "-shared", "-pthread",
+                    "-Wno-unknown-pragmas", *shlex.split(flags),
+                    "-I", HERE, "-I", SOURCES, HERE / "libcuda.cc", "-o", library,
                 ]  # fmt: skip
                 subprocess.run(command, check=True)
         self._library = ctypes.CDLL(str(self.path))

@@ -4,6 +4,9 @@ Where PyTorch is at hand its own program runs; else arrays of NumPy take the pla
 """
 
 import argparse
+import os
+import subprocess
+import sys
 import time
 
 from scratchbn import native
@@ -17,6 +20,7 @@ import pytest
 from gpu_kit.numbers import OPTIONS, check_numbers, errors
 from gpu_kit.report import report
 from gpu_kit.speed import EventClock, Measured, seconds, verdict
+from helpers import REPOSITORY
 
 pytestmark = [
     pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler"),
@@ -99,6 +103,48 @@ def test_the_report_is_whole(operator, capsys):
         (row,) = [line for line in lines if line.startswith(f"| float32, {layout} | 0.8 |")]
         assert row.count("|") == 12
     assert "No array of 32 MiB was measured." in lines
+
+
+def fails_with(message):
+    class Failing(Arrays):
+        def draw(self, shape, dtype):
+            if np.prod(shape) > 1e6:
+                raise RuntimeError(message)
+            return super().draw(shape, dtype)
+
+    return Failing()
+
+
+def test_a_size_that_does_not_fit_is_named_and_the_others_are_measured(operator):
+    arrays = fails_with("CUDA out of memory. Tried to allocate 512.00 MiB")
+    parts = (operator, arrays, reference, Peer(), Once())
+    text, wrong = report("a stand-in", *parts, [512, 0.8], ["float32"], shapes=FEW[:1])
+    assert wrong == 0
+    assert text.count("| 0.8 |") == 2
+    for layout in ("NCHW", "NHWC"):
+        assert f"- float32, {layout}, 512 MiB: the card has no memory for it." in text
+
+
+def test_an_error_of_the_card_ends_it_and_what_was_known_is_there(operator):
+    arrays = fails_with("CUDA error: an illegal memory access was encountered")
+    parts = (operator, arrays, reference, Peer(), Once())
+    text, wrong = report("a stand-in", *parts, [32], ["float32"], shapes=FEW[:1])
+    assert wrong == 1
+    assert "No result is wrong." in text
+    assert "It stopped: CUDA error: an illegal memory access was encountered" in text
+
+
+@pytest.mark.parametrize("name", ["torch", "numpy"])
+def test_what_is_missing_is_named(tmp_path, name):
+    for module in ("torch", "numpy"):
+        (tmp_path / f"{module}.py").write_text("def __getattr__(name): return name")
+    (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('none', name={name!r})")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(REPOSITORY / "scripts" / "gpu_check.py")]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr.startswith(f"gpu_check: needs {name}: ")
+    assert run.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", ["y", "dx", "dgamma", "dbeta", "running_mean", "running_var"])

@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from ...environment.driver import GPU, query_driver
+from ...environment.install import python_command
 from .. import _build
 from ._compile import Nvrtc, image, image_path
 
@@ -118,7 +119,9 @@ def _load(device: int) -> str | None:
             _hand_over(library, other)
     reason = ctypes.create_string_buffer(1024)
     if library.scratchbn_gpu_open(device, reason, ctypes.c_size_t(len(reason))):
-        return f"{gpu} does not take the kernels: {reason.value.decode(errors='replace')}"
+        again = python_command("-m", "scratchbn", "build-native", "--force")
+        why = reason.value.decode(errors="replace")
+        return f"{gpu} does not take the kernels: {why} (made for another driver? run {again})"
     return None
 
 

@@ -41,5 +41,6 @@ struct Call {
   unsigned* arrived;                  // zeros: how many blocks of a chunk, of a team are done
   void* lines;                        // W: (2, C) forward, mean and variance; (3, C) backward
 };
+static_assert(sizeof(Call) == 216 && alignof(Call) == 8, "as host and device have to see it");
 
 }  // namespace scratchbn_gpu

@@ -14,6 +14,9 @@
 #include <string>
 #include <vector>
 
+// What lives as long as the process is never destroyed: MXNet's threads may still be at work while
+// the process ends.
+
 namespace scratchbn_gpu {
 
 struct DriverError : std::runtime_error {
@@ -23,7 +26,7 @@ struct DriverError : std::runtime_error {
 class Driver {
  public:
   static const Driver& get() {
-    static const Driver driver;
+    static const Driver& driver = *new Driver;
     return driver;
   }
 
@@ -97,7 +100,7 @@ class Current {
 class Images {
  public:
   static Images& get() {
-    static Images images;
+    static Images& images = *new Images;
     return images;
   }
 
@@ -128,8 +131,8 @@ class Images {
 class Device {
  public:
   static const Device& get(int id) {
-    static std::mutex mutex;
-    static std::map<int, Device> devices;
+    static std::mutex& mutex = *new std::mutex;
+    static auto& devices = *new std::map<int, Device>;
     std::lock_guard<std::mutex> lock(mutex);
     const auto found = devices.find(id);
     return found != devices.end() ? found->second : devices.emplace(id, Device(id)).first->second;

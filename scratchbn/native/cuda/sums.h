@@ -49,7 +49,8 @@ static __device__ void leave(const Call& k, double (&a)[V], double (&b)[V]) {
 }
 
 // Tells the last of `expected` blocks that arrive here that it is the last: it then sees what the
-// others wrote before. The counter is left as it was found, at 0.
+// others wrote before. Its arrival sets the counter back to 0. What it reads of the others must be
+// volatile, as a multiprocessor's cache may hold what was there before.
 static __device__ bool is_last(unsigned* counter, unsigned expected) {
   __shared__ bool last;
   if (expected == 1) {
@@ -58,10 +59,7 @@ static __device__ bool is_last(unsigned* counter, unsigned expected) {
   }
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) {
-    last = atomicAdd(counter, 1u) == expected - 1;
-    if (last) *counter = 0;
-  }
+  if (threadIdx.x == 0) last = atomicInc(counter, expected - 1) == expected - 1;
   __syncthreads();
   __threadfence();
   return last;
