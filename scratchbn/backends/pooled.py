@@ -62,7 +62,7 @@ def _convolved(source: Output, plain: Plain, name: str) -> Output:
 def _plain(source: Output) -> Plain | None:
     """Return what is known of an output in plain order; None if it may have another, or of none."""
     node = source.node
-    if node.op in ("Activation", "LeakyReLU"):
+    if node.op in ("Activation", "LeakyReLU", "relu"):
         return _plain(node.inputs[0])
     if node.op == "Concat" and node.integer("dim", 1) == 1:
         return _joined(node)

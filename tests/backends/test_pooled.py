@@ -35,7 +35,7 @@ class Pooled(HybridBlock):
     def hybrid_forward(self, F, x):
         y = F.Activation(self.norm(self.conv(x)), act_type="relu")
         z = self.second(self.other(x))
-        return self.last(F.concat(F.LeakyReLU(z), self.first(y), y, dim=1))
+        return self.last(F.concat(F.LeakyReLU(z), self.first(y), F.relu(z), dim=1))
 
 
 def built(x, net=None):
