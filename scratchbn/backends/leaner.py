@@ -19,6 +19,7 @@ import mxnet as mx
 
 from .._graph.nodes import Graph, Node, Output
 from ..native import OPERATOR
+from .pooled import block_before_pooling
 
 # What may put out an array in a layout of oneDNN's own.
 _ONEDNN = {
@@ -47,6 +48,7 @@ def leaner(symbol: Any) -> Any | None:
                 plain = Node("Reshape", f"norm{number}_plain", {"shape": "(-2,)"}, node.inputs[:1])
                 node.inputs[0] = Output(plain)
                 found = True
+    found |= block_before_pooling(graph)
     if not found:
         return None
     result = graph.symbol()
