@@ -304,24 +304,24 @@ MXReturnValue compute_on_gpu(const Attributes& attributes, std::vector<MXTensor>
                              std::vector<MXTensor>* outputs, const OpResource& resource) {
   return with_options(attributes, [&](const Options& options) {
     MXTensor *in = inputs->data() + (is_forward ? 0 : int(kOutputs)), *out = outputs->data();
-    scratchbn_gpu::Call call = call_of(options, in);
-    if (call.C == 0) return;
-    if (is_forward) {
-      call.y = out[kOut].data_ptr, call.kept = out[kSaved].data_ptr;
-      call.token = out[kToken].data_ptr;
-    } else {
-      call.kept = in[options.inputs() + kSaved].data_ptr;
-      call.dy = inputs->front().data_ptr;
-      call.dx = out[kData].data_ptr;
-      call.dgamma = out[kGamma].data_ptr, call.dbeta = out[kBeta].data_ptr;
-    }
-    const scratchbn_gpu::Place place{in->ctx.dev_id, resource.get_cuda_stream(),
-                                     [&](int bytes) { return resource.alloc_gpu(bytes); }};
     try {
+      scratchbn_gpu::Call call = call_of(options, in);
+      if (call.C == 0) return;
+      if (is_forward) {
+        call.y = out[kOut].data_ptr, call.kept = out[kSaved].data_ptr;
+        call.token = out[kToken].data_ptr;
+      } else {
+        call.kept = in[options.inputs() + kSaved].data_ptr;
+        call.dy = inputs->front().data_ptr;
+        call.dx = out[kData].data_ptr;
+        call.dgamma = out[kGamma].data_ptr, call.dbeta = out[kBeta].data_ptr;
+      }
+      const scratchbn_gpu::Place place{in->ctx.dev_id, resource.get_cuda_stream(),
+                                       [&](int bytes) { return resource.alloc_gpu(bytes); }};
       scratchbn_gpu::Launcher launcher(call, type_of(*in), place);
       is_forward ? launcher.forward() : launcher.backward();
     } catch (const scratchbn_gpu::DriverError& error) {
-      std::fprintf(stderr, "scratchbn on gpu(%d): %s\n", place.device, error.what());
+      std::fprintf(stderr, "scratchbn on gpu(%d): %s\n", in->ctx.dev_id, error.what());
       throw;
     }
   });

@@ -14,7 +14,7 @@ import cuda_on_cpu
 import mxnet as mx
 import numpy as np
 import pytest
-from gpu_kit.steps import INFERENCE, TRAINING, Gradients, backward, forward
+from gpu_kit.steps import INFERENCE, TRAINING, Forward, Gradients, backward, forward
 from kernel_cases import ONE_VALUE_PER_CHANNEL
 
 pytestmark = [
@@ -368,3 +368,15 @@ def test_a_type_that_does_not_fit_is_refused(operator, memory):
 def test_a_device_that_is_not_there_is_refused(operator):
     with pytest.raises(RuntimeError, match="cuDeviceGet: CUDA error 101"):
         operator.open(1)
+
+
+def test_an_array_beyond_what_is_counted_is_refused_with_a_reason(operator, memory, driver, capfd):
+    state = state_of(np.random.default_rng(0), 1, "float32")
+    driver.launches()
+    for shape, axis in (((1, 1, 2**31), 1), ((2**31, 1), 1)):
+        x = np.broadcast_to(np.float32(1), shape)
+        into = Forward(x, np.empty((3, 1), "float32"), np.empty(1, "float32"))
+        with pytest.raises(RuntimeError, match="FCompute"):
+            forward(operator, memory, x, state, {"axis": axis}, into)
+        assert "scratchbn on gpu(0): the kernels do not count that far" in capfd.readouterr().err
+    assert driver.launches() == []

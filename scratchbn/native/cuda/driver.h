@@ -19,6 +19,7 @@
 
 namespace scratchbn_gpu {
 
+// What the user is told.
 struct DriverError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };

@@ -65,7 +65,7 @@ class Launcher {
   }
 
   static void check_sizes(int64_t L, int64_t C, int64_t S) {
-    if (L > INT_MAX || C * S > INT_MAX) throw std::invalid_argument("");
+    if (L > INT_MAX || C * S > INT_MAX) throw DriverError("the kernels do not count that far");
   }
 
  private:
@@ -107,7 +107,7 @@ class Launcher {
     const int64_t entries = int64_t(call_.C) * (call_.columns ? call_.S : 1);
     const int64_t sums = int64_t(call_.splits) * entries * 2 * int64_t(sizeof(double));
     const int64_t bytes = sums + int64_t(3) * call_.C * type_.statistics;
-    if (bytes > INT_MAX) throw std::invalid_argument("");
+    if (bytes > INT_MAX) throw DriverError("partial sums of so many channels take over 2 GiB");
     char* memory = static_cast<char*>(place_.allocate(int(bytes)));
     if (!memory) throw DriverError("no memory for partial sums");
     call_.partial = reinterpret_cast<double*>(memory);
