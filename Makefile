@@ -81,7 +81,7 @@ test-cu112: $(READY)
 	$(BIN)/python scripts/suite_on_cu112.py $(ARGS)
 
 # The GPU path without a card: mxnet-cu112 on CUDA libraries that compute nothing, in .venv-rehearse
-# (1.9 GB). ARGS=--skip-tests for the checks only; docs/gpu.md says what it proves.
+# (2 GB). ARGS=--skip-tests for the checks only; docs/gpu.md says what it proves.
 rehearse-gpu: $(READY)
 	$(BIN)/python scripts/rehearse_gpu.py $(ARGS)
 

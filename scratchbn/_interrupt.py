@@ -42,10 +42,22 @@ def importing() -> Iterator[None]:
 
 def is_command() -> bool:
     """Tell whether the process is ``scratchbn`` or ``python -m scratchbn``."""
-    given = getattr(sys, "orig_argv", [])  # of Python 3.10
+    given = _command_line()
     module = given[given.index("-m") + 1 :][:1] if "-m" in given else []
     script = (getattr(sys, "argv", None) or [""])[0]
     return module == ["scratchbn"] or os.path.basename(script) == "scratchbn"
+
+
+def _command_line() -> list[str]:
+    """Return what the process was started with, which Python 3.9 does not tell."""
+    told: list[str] | None = getattr(sys, "orig_argv", None)
+    if told is not None:
+        return told
+    try:
+        with open("/proc/self/cmdline", encoding="utf-8", errors="replace") as file:
+            return file.read().split("\0")[:-1]
+    except OSError:
+        return []
 
 
 if is_command():

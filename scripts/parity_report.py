@@ -333,7 +333,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--backends",
         nargs="+",
         choices=BACKENDS,
-        help="what ours computes with (default: all that can be had without building)",
+        metavar="BACKEND",
+        help=f"of {', '.join(BACKENDS)} (default: all that can be had without building)",
     )
     parser.add_argument("--no-nets", dest="nets", action="store_false", help="layers only")
     arguments = parser.parse_args(argv)

@@ -18,6 +18,8 @@ from scratchbn._command import Parser, guarded, integer
 HERE = Path(__file__).resolve().parent.parent
 VERSIONS = ("3.9", "3.10", "3.11")
 THIS = "{}.{}".format(*sys.version_info)
+# What a `make` hands to its children, and these runs must not take for theirs.
+OUTER = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "ARGS")
 TAIL = 40  # lines of the log that are shown of a version that fails
 _VERSION = "import sys; print('{}.{}'.format(*sys.version_info))"
 
@@ -49,9 +51,7 @@ def run(version: str, targets: list[str]) -> bool:
         return True
     log = HERE / "build" / f"python-{version}.log"
     log.parent.mkdir(exist_ok=True)
-    # The outer make's own settings are not these runs'.
-    outer = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "ARGS")
-    environment = {name: value for name, value in os.environ.items() if name not in outer}
+    environment = {name: value for name, value in os.environ.items() if name not in OUTER}
     command = ["make", "--no-print-directory", "-C", str(HERE), *targets]
     command += [f"PYTHON={python}", f"VENV=.venv-{version}"]
     began = time.monotonic()

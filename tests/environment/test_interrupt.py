@@ -50,8 +50,6 @@ def start(arguments, path):
 def test_ctrl_c_during_an_import_ends_every_command_in_silence(module, tmp_path):
     (tmp_path / f"{module}.py").write_text(SLOW)
     named = {**COMMANDS, "doctor": ["-m", "scratchbn", "doctor"]} if module == "numpy" else COMMANDS
-    if module == "numpy" and sys.version_info < (3, 10):
-        pytest.skip("this Python does not tell that it runs a module before it has imported it")
     children = {name: start(arguments, tmp_path) for name, arguments in named.items()}
     for name, child in children.items():
         assert child.stderr.readline() == b"importing\n", name
@@ -110,3 +108,10 @@ def test_commands_are_told_from_programs(given, argv, is_one, monkeypatch):
     monkeypatch.setattr(sys, "orig_argv", given, raising=False)
     monkeypatch.setattr(sys, "argv", argv)
     assert _interrupt.is_command() == is_one
+
+
+def test_a_python_without_orig_argv_is_asked_for_its_command_line(monkeypatch):
+    told = _interrupt._command_line()
+    monkeypatch.delattr(sys, "orig_argv", raising=False)
+    assert _interrupt._command_line() == told
+    assert len(told) > 1

@@ -14,11 +14,6 @@ from mxnet.gluon import nn
 from models.lenet import lenet
 
 
-@pytest.fixture
-def x(rng):
-    return rng.normal(1, 2, SHAPE)
-
-
 class Plain(gluon.HybridBlock):
     """A normalization of one's own, with neither `_kwargs` nor anything of this package."""
 

@@ -13,11 +13,6 @@ from mxnet.gluon import nn
 from models.lenet import initialize, lenet
 
 
-@pytest.fixture
-def x(rng):
-    return rng.normal(1, 2, SHAPE)
-
-
 def state(net):
     """Everything observable about a net: arrays by identity and by value."""
     found = {}

@@ -12,11 +12,6 @@ from mxnet import autograd, gluon
 from mxnet.gluon import nn
 
 
-@pytest.fixture
-def x(rng):
-    return rng.normal(1, 2, SHAPE)
-
-
 class Scaled(gluon.Block):
     """Multiplies by gamma; keeps the output gradients it is handed, or replaces what follows."""
 

@@ -22,15 +22,10 @@ from scratchbn.parity.oracle_layer import OracleLayer, OracleReLU
 import mxnet as mx
 import numpy as np
 import pytest
-from compared_layers import SHAPE, Blind, Detached, Stuck, few
+from compared_layers import Blind, Detached, Stuck, few
 from mxnet.gluon import nn
 
 PYTHON = platform.python_version()
-
-
-@pytest.fixture
-def x(rng):
-    return rng.normal(1, 2, SHAPE)
 
 
 def test_the_standard_grid_covers_what_it_says():

@@ -10,11 +10,6 @@ from compared_layers import SHAPE, Blind, Detached, Nan, Stuck, kinds
 from mxnet.gluon import nn
 
 
-@pytest.fixture
-def x(rng):
-    return rng.normal(1, 2, SHAPE)
-
-
 class Reversed(ScratchBatchNorm):
     """Applies gamma to the channels in reverse order."""
 
