@@ -5,6 +5,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DOCS := .venv-docs
+# Packages are installed without bytecode: the first import of each module is to write it.
+unexport PYTHONDONTWRITEBYTECODE
 
 # PYTHON is the interpreter that was named, else what the environment is made with, else the first
 # that MXNet 1.9.1 can use. An environment of another version is made anew.
