@@ -7,6 +7,7 @@ import helpers
 import mxnet as mx
 import numpy as np
 import pytest
+from mxnet import autograd
 from mxnet.gluon import HybridBlock, nn
 
 SHAPE = (4, 3, 6, 6)
@@ -100,3 +101,19 @@ def check(net, x, dtype="float32", second=True):
     assert bool(seconds(net)) == second
     np.testing.assert_allclose(y.asnumpy(), eagerly(net, x), **CLOSE[dtype])
     return y.asnumpy()
+
+
+def two_steps(net, x, weights, grad_req, lean):
+    """All that two training steps leave, by the leaner graph or by the one that was traced."""
+    net.collect_params(".*(gamma|beta|weight|bias)").setattr("grad_req", grad_req)
+    if not lean:
+        net._cached_op._lean = net._cached_op._own
+    for _ in range(2):
+        with autograd.record():
+            y = net(x)
+        y.backward(weights)
+    mx.nd.waitall()
+    parameters = net._collect_params_with_prefix()
+    found = {"x": x.grad, "y": y, **{name: p.data() for name, p in parameters.items()}}
+    found |= {f"{n} gradient": p.grad() for n, p in parameters.items() if p.grad_req != "null"}
+    return {name: array.asnumpy() for name, array in found.items()}

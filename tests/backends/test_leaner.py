@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from mxnet import autograd
 from mxnet.gluon import HybridBlock, nn
+from two_graph_nets import two_steps
 
 
 @pytest.fixture(autouse=True)
@@ -89,21 +90,8 @@ def test_outputs_gradients_and_statistics_are_the_same(rng, grad_req, special):
 
 
 def results(x, grad_req, weights, lean):
-    """All that two steps leave, by the leaner graph or by the one that was traced."""
     x.attach_grad(grad_req)
-    net = built(x)
-    net.collect_params(".*(gamma|beta|weight|bias)").setattr("grad_req", grad_req)
-    if not lean:
-        net._cached_op._lean = net._cached_op._own
-    for _ in range(2):
-        with autograd.record():
-            y = net(x)
-        y.backward(weights)
-    mx.nd.waitall()
-    parameters = net._collect_params_with_prefix()
-    found = {"x": x.grad, "y": y, **{name: p.data() for name, p in parameters.items()}}
-    found |= {f"{n} gradient": p.grad() for n, p in parameters.items() if p.grad_req != "null"}
-    return {name: array.asnumpy() for name, array in found.items()}
+    return two_steps(built(x), x, weights, grad_req, lean)
 
 
 def test_what_onednn_laid_out_is_copied_once_and_not_kept(tmp_path):
