@@ -23,6 +23,11 @@ import hypothesis
 import mxnet as mx
 import numpy as np
 import pytest
+from pythons import OUTER
+
+# Where `make` runs the tests, a `make` in a test is no part of it.
+for name in (*OUTER, "PYTHON", "VENV"):
+    os.environ.pop(name, None)
 
 hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)

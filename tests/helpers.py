@@ -38,14 +38,10 @@ SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")  # `make sanitize`
 
 
 def make(*arguments, env=None, **variables):
-    """Run `make` in the repository as a fresh shell does, also where `make` runs the tests."""
-    from pythons import OUTER  # here, as some workers have no scripts on their path
-
+    """Run `make` in the repository."""
     given = [f"{name}={value}" for name, value in variables.items()]
-    theirs = {*OUTER, "PYTHON", "VENV"}
-    kept = {name: value for name, value in os.environ.items() if name not in theirs}
     command = ["make", "--no-print-directory", "-C", str(REPOSITORY), *arguments, *given]
-    return subprocess.run(command, capture_output=True, text=True, env=env or kept)
+    return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
 def run_script(name, options, directory):
