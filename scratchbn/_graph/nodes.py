@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import mxnet as mx
 
+RANK_VARIES = "the rank of its input depends on lengths"  # of what reads from `without_rank`
+
 
 class Output(NamedTuple):
     """One output of a node. Of a variable that is written to, `version` counts the writes."""

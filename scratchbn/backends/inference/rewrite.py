@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Optional
 
-from ..._graph.nodes import Graph, Node, Output
+from ..._graph.nodes import RANK_VARIES, Graph, Node, Output
 from .calls import Call, Find, calls_in, collapse
 from .factors import Fact, Vectors, vectors
 
@@ -51,9 +51,7 @@ def rewrite(
         facts = dict(zip(calls, measure(graph, list(calls.values()))))
         unsteady = graph.without_rank()
         reasons = {
-            i: "the rank of its input depends on lengths"
-            if call.node.inputs[0].node in unsteady
-            else _obstacle(facts[i]) or why_kept(call, facts[i])
+            i: _obstacle(call, facts[i], unsteady) or why_kept(call, facts[i])
             for i, call in calls.items()
         }
         unwanted = {i: (_mean_of(calls[i]), None, why) for i, why in reasons.items() if why}
@@ -72,8 +70,10 @@ def _mean_of(call: Call) -> str:
     return call.parameters[2].node.name
 
 
-def _obstacle(fact: Fact) -> str | None:
+def _obstacle(call: Call, fact: Fact, unsteady: set[Node]) -> str | None:
     """Return what is not known of an input, or which type MXNet lacks operators for."""
+    if call.node.inputs[0].node in unsteady:
+        return RANK_VARIES
     if fact.rank is None:
         return "the rank of its input is not known"
     if fact.dtype is not None and fact.dtype.name not in ("float32", "float64"):

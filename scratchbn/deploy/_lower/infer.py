@@ -8,7 +8,7 @@ from typing import Any
 import mxnet as mx
 import numpy as np
 
-from ..._graph.nodes import Graph, Node
+from ..._graph.nodes import RANK_VARIES, Graph, Node
 from ..._net import BATCH_NORM_OPERATORS
 from ..._text import first_line
 from .._inference import complete_shapes, infer_types, is_complete
@@ -49,7 +49,7 @@ def infer(
         norm.rank = len(shape) if shape else ranks.get(norm.node.inputs[0].node)
         _check(norm, shape)
         if norm.node.inputs[0].node in unsteady:  # what is right for these shapes is not for others
-            norm.rank, norm.why_no_rank = None, "the rank of its input depends on lengths"
+            norm.rank, norm.why_no_rank = None, RANK_VARIES
 
 
 def types_and_shapes(
