@@ -18,7 +18,7 @@ from scratchbn.train import ALONE, ClusterError, cluster, join
 import mxnet as mx
 import numpy as np
 import pytest
-from helpers import REPOSITORY
+from helpers import REPOSITORY, run_python
 from train_worker import steps
 
 LAUNCH = [sys.executable, str(REPOSITORY / "scripts" / "launch_local.py")]
@@ -248,6 +248,11 @@ REPORT = """
 import os, signal, sys, time
 role = os.environ["DMLC_ROLE"]
 """
+
+
+def test_the_launcher_does_without_mxnet():
+    found = run_python("import sys, scratchbn.launch; print('mxnet' in sys.modules)")
+    assert found.stdout == "False\n"
 
 
 def test_the_launcher_gives_each_process_its_role_and_marks_its_output():
